@@ -1,0 +1,9 @@
+"""Feature Pyramid Networks with Faster R-CNN (Lin et al., CVPR 2017) for Keras 3."""
+
+from keras_fpn.builder import build_fpn_faster_rcnn
+from keras_fpn.faster_rcnn import FasterRCNN
+from keras_fpn.weights import load_torchvision_weights
+
+__version__ = "0.1.0"
+
+__all__ = ["FasterRCNN", "build_fpn_faster_rcnn", "load_torchvision_weights"]

@@ -1,0 +1,291 @@
+"""Faster R-CNN on a feature pyramid: the stages put together, and how they are trained."""
+
+from collections.abc import Sequence
+
+import keras
+from keras import ops
+
+from keras_fpn.boxes import convert_boxes
+from keras_fpn.losses import box_loss, classification_loss, objectness_loss
+from keras_fpn.matcher import real_objects
+from keras_fpn.ranking import take_rows
+from keras_fpn.validation import check_images, check_training_arguments
+
+LOSS_NAMES = ("objectness_loss", "rpn_box_loss", "class_loss", "box_loss")
+
+
+@keras.saving.register_keras_serializable("keras_fpn")
+class FasterRCNN(keras.Model):
+    """A functional model from a batch of images to their detections, trained end to end.
+
+    `keras_fpn.build_fpn_faster_rcnn` makes one from numbers; this constructor takes the stages.
+
+    Call it on `images`, `[B, H, W, 3]` RGB pixels in 0..255 of any number dtype, or on
+    `{"images", "image_sizes"}` where the batch is padded at the bottom and the right and
+    `image_sizes`, `[B, 2]`, holds height and width of each image inside it. It returns
+    `{"boxes": [B, D, 4], "scores": [B, D], "labels": [B, D], "num_detections": [B]}`, sorted by
+    score and padded with label -1.
+
+    `fit` takes batches of `(images, {"boxes": [B, G, 4], "labels": [B, G]})`, labels in
+    0..num_classes-1, rows padded with label -1, and needs the TensorFlow backend. `compile` takes
+    the optimizer; the losses are the model's own. Boxes are in `bounding_box_format`, that of the
+    `detection_generator`; `rel_` formats are relative to each image's own size, without padding.
+
+    Args:
+        image_normalizer: `ImageNormalizer`.
+        backbone: model from images to `{"C2": [B, H/4, W/4, C], ...}`.
+        feature_pyramid: `FeaturePyramid`.
+        rpn_head: `RPNHead`.
+        anchor_generator: `AnchorGenerator`.
+        proposal_generator: `ProposalGenerator`.
+        roi_pooling: `PyramidRoIAlign`.
+        box_head: `BoxHead`.
+        detection_generator: `DetectionGenerator`.
+        rpn_targets: `RPNTargets`.
+        roi_targets: `RoITargets`.
+        smooth_l1_beta: of both box losses; 0 is plain L1.
+        image_shape: height, width (None for any) and 3.
+    """
+
+    def __init__(
+        self,
+        image_normalizer: keras.layers.Layer,
+        backbone: keras.Model,
+        feature_pyramid: keras.layers.Layer,
+        rpn_head: keras.layers.Layer,
+        anchor_generator: keras.layers.Layer,
+        proposal_generator: keras.layers.Layer,
+        roi_pooling: keras.layers.Layer,
+        box_head: keras.layers.Layer,
+        detection_generator: keras.layers.Layer,
+        rpn_targets: keras.layers.Layer,
+        roi_targets: keras.layers.Layer,
+        smooth_l1_beta: float = 1.0 / 9,
+        image_shape: Sequence[int | None] = (None, None, 3),
+        **kwargs,
+    ):
+        # === Functional Model ===
+        images = keras.Input(image_shape, name="images")
+        image_sizes = keras.Input((2,), dtype="int32", name="image_sizes")
+        normalized = image_normalizer(images, image_sizes)
+        pyramid = feature_pyramid(backbone(normalized))
+        objectness, deltas = rpn_head(pyramid)
+        anchors = anchor_generator(normalized, pyramid)
+        proposals, scores = proposal_generator(objectness, deltas, anchors, image_sizes)
+        pooled = roi_pooling(_without_coarsest(pyramid), proposals)
+        class_logits, box_deltas = box_head(pooled)
+        detections = detection_generator(class_logits, box_deltas, proposals, scores, image_sizes)
+        super().__init__(
+            inputs={"images": images, "image_sizes": image_sizes}, outputs=detections, **kwargs
+        )
+        # `call` completes and checks what it is given before the graph sees it.
+        self.input_spec = None
+
+        # === Layers ===
+        self.image_normalizer = image_normalizer
+        self.backbone = backbone
+        self.feature_pyramid = feature_pyramid
+        self.rpn_head = rpn_head
+        self.anchor_generator = anchor_generator
+        self.proposal_generator = proposal_generator
+        self.roi_pooling = roi_pooling
+        self.box_head = box_head
+        self.detection_generator = detection_generator
+        self.rpn_targets = rpn_targets
+        self.roi_targets = roi_targets
+        self.total_loss_tracker = keras.metrics.Mean(name="loss")
+        self.loss_trackers = [keras.metrics.Mean(name=name) for name in LOSS_NAMES]
+
+        # === Config ===
+        self.smooth_l1_beta = smooth_l1_beta
+        self.image_shape = tuple(image_shape)
+
+    @property
+    def num_classes(self) -> int:
+        return self.box_head.num_classes
+
+    @property
+    def bounding_box_format(self) -> str:
+        return self.detection_generator.bounding_box_format
+
+    @property
+    def metrics(self):
+        return [self.total_loss_tracker, *self.loss_trackers]
+
+    def call(self, inputs, training=None, mask=None):
+        return super().call(_with_image_sizes(inputs), training=training)
+
+    def compute_output_spec(self, inputs, training=None, mask=None):
+        return super().compute_output_spec(_with_image_sizes(inputs))
+
+    def compute_losses(self, inputs, targets, training: bool = True) -> dict:
+        """The four losses of a batch (Faster R-CNN, Eq. 1, for either stage).
+
+        Args:
+            inputs: as for a call: images, or `{"images", "image_sizes"}`.
+            targets: `{"boxes": [B, G, 4], "labels": [B, G]}` in `bounding_box_format`, rows padded
+                with label -1. A row whose box is not finite or has no area does not count.
+            training: as layers have it; it also picks the number of proposals.
+
+        Returns:
+            Name in `LOSS_NAMES` to a scalar. Each is a sum over this batch's samples, divided by
+            the number of samples of all replicas together: gradients of replicas are to be summed.
+        """
+        inputs = _with_image_sizes(inputs)
+        image_sizes = ops.cast(inputs["image_sizes"], "int32")
+        labels = ops.cast(targets["labels"], "int32")
+        boxes = convert_boxes(targets["boxes"], self.bounding_box_format, "xyxy", image_sizes)
+        is_object = real_objects(boxes, labels)
+        boxes = ops.where(is_object[..., None], boxes, 0.0)
+
+        normalized = self.image_normalizer(inputs["images"], image_sizes)
+        pyramid = self.feature_pyramid(self.backbone(normalized, training=training))
+        objectness, deltas = self.rpn_head(pyramid)
+        anchors = self.anchor_generator(normalized, pyramid)
+        proposals, scores = self.proposal_generator(
+            objectness, deltas, anchors, image_sizes, training=training
+        )
+
+        all_anchors = ops.concatenate([anchors[level] for level in objectness], axis=0)
+        rpn = self.rpn_targets(all_anchors, boxes, is_object)
+        logits = take_rows(_all_levels(objectness, 1)[..., 0], rpn["indices"])
+        deltas = take_rows(_all_levels(deltas, 4), rpn["indices"])
+        num_anchors = _count_over_replicas(rpn["sampled"])
+
+        roi = self.roi_targets(proposals, scores, boxes, labels, is_object)
+        pooled = self.roi_pooling(_without_coarsest(pyramid), roi["regions"])
+        class_logits, class_deltas = self.box_head(pooled, training=training)
+        class_logits = ops.cast(class_logits, "float32")
+        own_class = ops.maximum(roi["labels"], 0)[..., None, None]
+        box_deltas = ops.take_along_axis(ops.cast(class_deltas, "float32"), own_class, axis=2)
+        num_regions = _count_over_replicas(roi["sampled"])
+
+        losses = (
+            objectness_loss(logits, rpn["positive"], rpn["sampled"], num_anchors),
+            box_loss(deltas, rpn["deltas"], rpn["positive"], num_anchors, self.smooth_l1_beta),
+            classification_loss(class_logits, roi["labels"], roi["sampled"], num_regions),
+            box_loss(
+                box_deltas[:, :, 0],
+                roi["deltas"],
+                roi["positive"],
+                num_regions,
+                self.smooth_l1_beta,
+            ),
+        )
+        return dict(zip(LOSS_NAMES, losses, strict=True))
+
+    def fit(self, x=None, y=None, **kwargs):
+        """Trains as `keras.Model.fit` does; data in memory is checked first.
+
+        Raises:
+            ValueError: for targets in memory that cannot be right (see `check_targets`), or where
+                the model was compiled with a loss.
+            NotImplementedError: on another backend than TensorFlow.
+        """
+        check_training_arguments(self, x, y)
+        return super().fit(x, y, **kwargs)
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            losses = self.compute_losses(inputs, targets, training=True)
+            total = sum(losses.values()) + _share_of_replica(sum(self.losses))
+            scaled = self.optimizer.scale_loss(total)
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(scaled, variables), variables)
+        return self._update_loss_trackers(inputs, losses, total)
+
+    def test_step(self, data):
+        inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
+        losses = self.compute_losses(inputs, targets, training=False)
+        total = sum(losses.values()) + _share_of_replica(sum(self.losses))
+        return self._update_loss_trackers(inputs, losses, total)
+
+    def _update_loss_trackers(self, inputs, losses, total):
+        values = [total, *losses.values()]
+        images = inputs["images"] if isinstance(inputs, dict) else inputs
+        batch_size = ops.shape(images)[0]
+        for tracker, value in zip(self.metrics, values, strict=True):
+            # A replica's loss is its part of a sum; the trackers average over replicas.
+            tracker.update_state(value * _num_replicas(), sample_weight=batch_size)
+        return {tracker.name: tracker.result() for tracker in self.metrics}
+
+    def get_config(self):
+        stages = (
+            "image_normalizer",
+            "backbone",
+            "feature_pyramid",
+            "rpn_head",
+            "anchor_generator",
+            "proposal_generator",
+            "roi_pooling",
+            "box_head",
+            "detection_generator",
+            "rpn_targets",
+            "roi_targets",
+        )
+        config = {
+            stage: keras.saving.serialize_keras_object(getattr(self, stage)) for stage in stages
+        }
+        config.update(
+            smooth_l1_beta=self.smooth_l1_beta,
+            image_shape=self.image_shape,
+            name=self.name,
+            trainable=self.trainable,
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = {
+            name: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
+            if isinstance(value, dict)
+            else value
+            for name, value in config.items()
+        }
+        return cls(**config)
+
+
+def _with_image_sizes(inputs):
+    """Checked `{"images", "image_sizes"}`; a plain batch of images fills its whole area."""
+    images, image_sizes = check_images(inputs)
+    if image_sizes is None:
+        shape = ops.shape(images)
+        size = ops.cast(ops.stack([shape[1], shape[2]]), "int32")
+        image_sizes = ops.broadcast_to(size, (shape[0], 2))
+    return {"images": images, "image_sizes": image_sizes}
+
+
+def _without_coarsest(pyramid):
+    # The level above the backbone's coarsest is for the RPN only (FPN, section 4.1).
+    return {level: pyramid[level] for level in sorted(pyramid)[:-1]}
+
+
+def _all_levels(predictions, size):
+    """Predictions of all levels as `[B, N, size]` float32, in the order of the anchors."""
+    flat = [ops.reshape(x, (ops.shape(x)[0], -1, size)) for x in predictions.values()]
+    return ops.cast(ops.concatenate(flat, axis=1), "float32")
+
+
+def _num_replicas():
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def _share_of_replica(loss):
+    return loss / _num_replicas()
+
+
+def _count_over_replicas(mask):
+    """How many entries are true on all replicas together, at least 1, as float32."""
+    count = ops.sum(ops.cast(mask, "float32"))
+    if _num_replicas() > 1:
+        import tensorflow as tf
+
+        count = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, count)
+    return ops.maximum(count, 1.0)

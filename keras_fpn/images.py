@@ -1,0 +1,76 @@
+"""From pixels to what the backbone reads: the first stage of the model."""
+
+from collections.abc import Sequence
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("keras_fpn")
+class ImageNormalizer(keras.layers.Layer):
+    """Normalises RGB pixels and pads the batch to a multiple of `size_divisor`.
+
+    Everything outside an image's own area becomes 0 after normalising, wherever the caller's
+    padding came from, so that an image gives the same features alone and in a padded batch.
+
+    Args:
+        mean: of each channel, in 0..255.
+        std: of each channel, in 0..255.
+        size_divisor: height and width are padded, at the bottom and the right, to a multiple.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float] = (123.675, 116.28, 103.53),
+        std: Sequence[float] = (58.395, 57.12, 57.375),
+        size_divisor: int = 32,
+        **kwargs,
+    ):
+        # The pixels are handled in float32; the backbone casts them to its own compute dtype.
+        kwargs.setdefault("dtype", "float32")
+        super().__init__(**kwargs)
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.size_divisor = size_divisor
+
+    def call(self, images, image_sizes):
+        """Normalised images.
+
+        Args:
+            images: `[B, H, W, 3]` pixels in 0..255.
+            image_sizes: `[B, 2]` height and width of each image inside the batch.
+
+        Returns:
+            `[B, H', W', 3]` float32 with H' and W' multiples of `size_divisor`.
+        """
+        images = ops.cast(images, "float32")
+        x = (images - ops.convert_to_tensor(self.mean, "float32")) / ops.convert_to_tensor(
+            self.std, "float32"
+        )
+        shape = ops.shape(images)
+        sizes = ops.cast(image_sizes, "int32")
+        rows = ops.arange(shape[1], dtype="int32")[None, :] < sizes[:, 0:1]
+        columns = ops.arange(shape[2], dtype="int32")[None, :] < sizes[:, 1:2]
+        inside = ops.logical_and(rows[:, :, None], columns[:, None, :])
+        x = ops.where(inside[..., None], x, 0.0)
+        return ops.pad(
+            x,
+            [
+                [0, 0],
+                [0, -shape[1] % self.size_divisor],
+                [0, -shape[2] % self.size_divisor],
+                [0, 0],
+            ],
+        )
+
+    def compute_output_shape(self, images_shape, image_sizes_shape):
+        def padded(size):
+            return None if size is None else size + -size % self.size_divisor
+
+        batch, height, width, channels = images_shape
+        return (batch, padded(height), padded(width), channels)
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(mean=self.mean, std=self.std, size_divisor=self.size_divisor)
+        return config

@@ -1,0 +1,56 @@
+"""Which ground truth an anchor or a proposal stands for, if any."""
+
+from keras import ops
+
+from keras_fpn.boxes import box_area, pairwise_iou
+
+
+def match(
+    candidates,
+    boxes,
+    is_object,
+    positive_iou: float,
+    negative_iou: float,
+    keep_best_of_each_object: bool,
+) -> tuple:
+    """Matches candidates with the ground truth by overlap (Faster R-CNN, section 3.1.2).
+
+    Args:
+        candidates: `[1 or B, N, 4]` xyxy pixels.
+        boxes: `[B, G, 4]` ground truth, padded.
+        is_object: `[B, G]` bool, which rows of `boxes` are real.
+        positive_iou: a candidate is positive from this overlap on.
+        negative_iou: a candidate is negative under this overlap; between the two it is neither.
+        keep_best_of_each_object: also makes those candidates positive, whatever their overlap,
+            with which an object has its largest IoU (all of them where they tie).
+
+    Returns:
+        `(matched, is_positive, is_negative)`, each `[B, N]`: index of the object of largest IoU
+        (int32, 0 where there is none), and two masks.
+    """
+    iou = ops.where(is_object[:, None, :], pairwise_iou(candidates, boxes), 0.0)
+    best = ops.max(iou, axis=-1)
+    matched = ops.cast(ops.argmax(iou, axis=-1), "int32")
+    is_positive = best >= positive_iou
+    if keep_best_of_each_object:
+        best_of_object = ops.max(iou, axis=1, keepdims=True)
+        is_best = ops.logical_and(iou >= best_of_object, best_of_object > 0)
+        is_positive = ops.logical_or(is_positive, ops.any(is_best, axis=-1))
+    is_negative = ops.logical_and(best < negative_iou, ops.logical_not(is_positive))
+    return matched, is_positive, is_negative
+
+
+def real_objects(boxes, labels):
+    """Which rows of a padded ground truth are objects: a label, finite edges and an area.
+
+    Args:
+        boxes: `[B, G, 4]` xyxy pixels.
+        labels: `[B, G]`, -1 in padding rows.
+
+    Returns:
+        `[B, G]` bool.
+    """
+    extent = boxes[..., 2:] - boxes[..., :2]
+    # isfinite of the area too: two finite edges can still overflow.
+    has_area = ops.logical_and(ops.all(extent > 0, axis=-1), ops.isfinite(box_area(boxes)))
+    return ops.logical_and(labels >= 0, has_area)

@@ -1,0 +1,126 @@
+"""From the RPN's predictions to the regions that the second stage looks at."""
+
+from collections.abc import Mapping, Sequence
+
+import keras
+from keras import ops
+
+from keras_fpn.boxes import MAX_LOG_SCALE, clip_boxes, decode_deltas, larger_than
+from keras_fpn.nms import non_max_suppression
+from keras_fpn.ranking import take_rows, top_k
+
+
+@keras.saving.register_keras_serializable("keras_fpn")
+class ProposalGenerator(keras.layers.Layer):
+    """Decodes, clips, ranks and thins out the anchors of all levels.
+
+    Each level gives its `pre_nms` best anchors; NMS runs within each level; the `post_nms` best of
+    all levels together remain. No gradient passes.
+
+    Args:
+        pre_nms: anchors a level before NMS, in inference.
+        post_nms: proposals an image, in inference.
+        training_pre_nms: the same in training.
+        training_post_nms: the same in training.
+        nms_iou_threshold: proposals of a level that overlap by more than this compete.
+        delta_weights: what the head's (dx, dy, dw, dh) are divided by.
+        max_log_scale: dw and dh count as at most this.
+        min_size: a proposal with a side under this many pixels is dropped.
+    """
+
+    def __init__(
+        self,
+        pre_nms: int = 1000,
+        post_nms: int = 1000,
+        training_pre_nms: int = 2000,
+        training_post_nms: int = 2000,
+        nms_iou_threshold: float = 0.7,
+        delta_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        max_log_scale: float = MAX_LOG_SCALE,
+        min_size: float = 1e-3,
+        **kwargs,
+    ):
+        kwargs.setdefault("dtype", "float32")
+        super().__init__(**kwargs)
+        self.pre_nms = pre_nms
+        self.post_nms = post_nms
+        self.training_pre_nms = training_pre_nms
+        self.training_post_nms = training_post_nms
+        self.nms_iou_threshold = nms_iou_threshold
+        self.delta_weights = tuple(delta_weights)
+        self.max_log_scale = max_log_scale
+        self.min_size = min_size
+
+    def call(
+        self, objectness: Mapping, deltas: Mapping, anchors: Mapping, image_sizes, training=False
+    ) -> tuple:
+        """Proposals of a batch.
+
+        Args:
+            objectness: level name to `[B, h, w, A]` logits.
+            deltas: level name to `[B, h, w, 4 * A]`.
+            anchors: level name to `[h * w * A, 4]` xyxy pixels.
+            image_sizes: `[B, 2]` height and width that the proposals are clipped to.
+            training: whether the training numbers apply.
+
+        Returns:
+            `(boxes, scores)`: `[B, post_nms, 4]` xyxy pixels and `[B, post_nms]` objectness
+            probabilities, the best first; rows without a proposal are zero boxes of score -1.
+        """
+        pre_nms = self.training_pre_nms if training else self.pre_nms
+        post_nms = self.training_post_nms if training else self.post_nms
+        batch = ops.shape(image_sizes)[0]
+        boxes, logits, levels = [], [], []
+        for index, level in enumerate(objectness):
+            known = objectness[level].shape[1:]
+            count = pre_nms if None in known else min(pre_nms, known[0] * known[1] * known[2])
+            best, rows = top_k(ops.reshape(objectness[level], (batch, -1)), count)
+            level_deltas = take_rows(ops.reshape(deltas[level], (batch, -1, 4)), rows)
+            level_anchors = ops.take(anchors[level], rows, axis=0)
+            level_boxes = decode_deltas(
+                level_deltas, level_anchors, self.delta_weights, self.max_log_scale
+            )
+            boxes.append(clip_boxes(level_boxes, image_sizes))
+            logits.append(best)
+            levels += [index] * count
+        boxes = ops.concatenate(boxes, axis=1)
+        logits = ops.concatenate(logits, axis=1)
+
+        present = ops.logical_and(logits > -float("inf"), larger_than(boxes, self.min_size))
+        scores = ops.where(present, ops.sigmoid(logits), -float("inf"))
+        kept = non_max_suppression(
+            boxes,
+            scores,
+            ops.convert_to_tensor([levels], "int32"),
+            iou_threshold=self.nms_iou_threshold,
+            max_output=post_nms,
+        )
+        found = kept >= 0
+        kept = ops.maximum(kept, 0)
+        boxes = ops.where(found[..., None], take_rows(boxes, kept), 0.0)
+        scores = ops.where(found, take_rows(scores, kept), -1.0)
+        return ops.stop_gradient(boxes), ops.stop_gradient(scores)
+
+    def compute_output_shape(
+        self,
+        objectness_shape,
+        deltas_shape,
+        anchors_shape,
+        image_sizes_shape,
+    ) -> tuple:
+        batch = image_sizes_shape[0]
+        return (batch, self.post_nms, 4), (batch, self.post_nms)
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            pre_nms=self.pre_nms,
+            post_nms=self.post_nms,
+            training_pre_nms=self.training_pre_nms,
+            training_post_nms=self.training_post_nms,
+            nms_iou_threshold=self.nms_iou_threshold,
+            delta_weights=self.delta_weights,
+            max_log_scale=self.max_log_scale,
+            min_size=self.min_size,
+        )
+        return config

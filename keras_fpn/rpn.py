@@ -1,0 +1,70 @@
+"""The head of the region proposal network, shared by all pyramid levels (FPN, section 4.1)."""
+
+from collections.abc import Mapping
+
+import keras
+
+
+@keras.saving.register_keras_serializable("keras_fpn")
+class RPNHead(keras.layers.Layer):
+    """A 3x3 convolution with ReLU and two 1x1 siblings: objectness and box deltas.
+
+    Args:
+        anchors_per_location: how many anchors each pixel of a map has.
+        channels: of the 3x3 convolution.
+    """
+
+    def __init__(self, anchors_per_location: int = 3, channels: int = 256, **kwargs):
+        super().__init__(**kwargs)
+        self.anchors_per_location = anchors_per_location
+        self.channels = channels
+
+    def build(self, input_shapes):
+        shape = next(iter(input_shapes.values()))
+        self.hidden = self._convolution(self.channels, 3, "relu", "hidden")
+        self.objectness = self._convolution(self.anchors_per_location, 1, None, "objectness")
+        self.deltas = self._convolution(4 * self.anchors_per_location, 1, None, "deltas")
+        self.hidden.build(shape)
+        for sibling in (self.objectness, self.deltas):
+            sibling.build((*shape[:-1], self.channels))
+
+    def _convolution(self, filters, kernel_size, activation, name):
+        return keras.layers.Conv2D(
+            filters,
+            kernel_size,
+            padding="same",
+            activation=activation,
+            data_format="channels_last",
+            kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    def call(self, features: Mapping) -> tuple[dict, dict]:
+        """Predictions at every anchor.
+
+        Args:
+            features: level name to `[B, h, w, C]`.
+
+        Returns:
+            `(objectness, deltas)`: level name to `[B, h, w, A]` logits and to `[B, h, w, 4 * A]`
+            (dx, dy, dw, dh) of one anchor after the other.
+        """
+        objectness, deltas = {}, {}
+        for level, feature in features.items():
+            hidden = self.hidden(feature)
+            objectness[level] = self.objectness(hidden)
+            deltas[level] = self.deltas(hidden)
+        return objectness, deltas
+
+    def compute_output_shape(self, input_shapes) -> tuple[dict, dict]:
+        anchors = self.anchors_per_location
+        return (
+            {level: (*shape[:-1], anchors) for level, shape in input_shapes.items()},
+            {level: (*shape[:-1], 4 * anchors) for level, shape in input_shapes.items()},
+        )
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(anchors_per_location=self.anchors_per_location, channels=self.channels)
+        return config

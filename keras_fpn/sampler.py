@@ -1,0 +1,47 @@
+"""The mini-batch of candidates that the losses of an image look at."""
+
+import keras
+from keras import ops
+
+from keras_fpn.ranking import take_rows, top_k
+
+
+def draw_samples(
+    is_positive,
+    is_negative,
+    num_samples: int,
+    positive_fraction: float,
+    seed: keras.random.SeedGenerator,
+) -> tuple:
+    """Draws candidates at random, of which at most a share is positive.
+
+    Positives beyond the share are left out; where there are fewer, negatives fill the place
+    (Faster R-CNN, section 3.1.3; Fast R-CNN, section 2.3).
+
+    Args:
+        is_positive: `[B, N]` bool.
+        is_negative: `[B, N]` bool; a candidate that is neither is never drawn.
+        num_samples: candidates an image.
+        positive_fraction: the largest share of positives.
+        seed: generator of the draws.
+
+    Returns:
+        `(indices, positive, sampled)`, each `[B, num_samples]`: indices into N, positives first;
+        whether a row is a positive; whether it is a sample at all (too few candidates leave rows
+        empty).
+    """
+    absent = -float("inf")
+    noise = keras.random.uniform(ops.shape(is_positive), seed=seed)
+    max_positives = int(num_samples * positive_fraction)
+    drawn, positives = top_k(ops.where(is_positive, noise, absent), max_positives)
+    positive_drawn = drawn > absent
+    drawn, negatives = top_k(ops.where(is_negative, noise, absent), num_samples)
+    place = ops.arange(num_samples, dtype="int32")[None, :]
+    num_positives = ops.sum(ops.cast(positive_drawn, "int32"), axis=-1, keepdims=True)
+    negative_drawn = ops.logical_and(drawn > absent, place < num_samples - num_positives)
+
+    indices = ops.concatenate([positives, negatives], axis=-1)
+    sampled = ops.concatenate([positive_drawn, negative_drawn], axis=-1)
+    present, front = top_k(ops.where(sampled, 0.0, absent), num_samples)
+    sampled = present > absent
+    return take_rows(indices, front), ops.logical_and(place < num_positives, sampled), sampled

@@ -1,0 +1,180 @@
+"""What the RPN and the box head should have predicted: matching, sampling, encoding."""
+
+from collections.abc import Sequence
+
+import keras
+from keras import ops
+
+from keras_fpn.boxes import encode_deltas
+from keras_fpn.matcher import match
+from keras_fpn.ranking import take_rows
+from keras_fpn.sampler import draw_samples
+
+
+@keras.saving.register_keras_serializable("keras_fpn")
+class RPNTargets(keras.layers.Layer):
+    """Samples anchors and gives what the RPN is to say about them (FPN, section 4.1).
+
+    Args:
+        positive_iou: an anchor is positive from this overlap with an object on, and so are the
+            best anchors of every object.
+        negative_iou: an anchor is negative under this overlap with every object.
+        num_samples: anchors an image.
+        positive_fraction: the largest share of positives among them.
+        delta_weights: what (dx, dy, dw, dh) are multiplied by.
+        seed: of the sampling; None for a random one.
+    """
+
+    def __init__(
+        self,
+        positive_iou: float = 0.7,
+        negative_iou: float = 0.3,
+        num_samples: int = 256,
+        positive_fraction: float = 0.5,
+        delta_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        seed: int | None = None,
+        **kwargs,
+    ):
+        kwargs.setdefault("dtype", "float32")
+        super().__init__(**kwargs)
+        self.positive_iou = positive_iou
+        self.negative_iou = negative_iou
+        self.delta_weights = tuple(delta_weights)
+        self.num_samples = num_samples
+        self.positive_fraction = positive_fraction
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, anchors, boxes, is_object) -> dict:
+        """Targets of sampled anchors.
+
+        Args:
+            anchors: `[N, 4]` of all levels, xyxy pixels.
+            boxes: `[B, G, 4]` ground truth; zeros where `is_object` is false.
+            is_object: `[B, G]` bool.
+
+        Returns:
+            `{"indices": [B, S], "positive": [B, S], "sampled": [B, S], "deltas": [B, S, 4]}`:
+            rows of `anchors`, masks, and targets that count where positive.
+        """
+        matched, is_positive, is_negative = match(
+            anchors[None],
+            boxes,
+            is_object,
+            self.positive_iou,
+            self.negative_iou,
+            keep_best_of_each_object=True,
+        )
+        indices, positive, sampled = draw_samples(
+            is_positive,
+            is_negative,
+            self.num_samples,
+            self.positive_fraction,
+            self.seed_generator,
+        )
+        sampled_boxes = take_rows(boxes, take_rows(matched, indices))
+        sampled_anchors = ops.take(anchors, indices, axis=0)
+        return {
+            "indices": indices,
+            "positive": positive,
+            "sampled": sampled,
+            "deltas": encode_deltas(sampled_boxes, sampled_anchors, self.delta_weights),
+        }
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            positive_iou=self.positive_iou,
+            negative_iou=self.negative_iou,
+            num_samples=self.num_samples,
+            positive_fraction=self.positive_fraction,
+            delta_weights=self.delta_weights,
+            seed=self.seed,
+        )
+        return config
+
+
+@keras.saving.register_keras_serializable("keras_fpn")
+class RoITargets(keras.layers.Layer):
+    """Samples regions for the box head and says what they are (Fast R-CNN, section 2.3).
+
+    The ground truth is added to the proposals, so that there are positives from the first step on.
+
+    Args:
+        positive_iou: a region belongs to the object it overlaps most from this IoU on, and to the
+            background under it.
+        num_samples: regions an image.
+        positive_fraction: the largest share of positives among them.
+        delta_weights: what (dx, dy, dw, dh) are multiplied by.
+        seed: of the sampling; None for a random one.
+    """
+
+    def __init__(
+        self,
+        positive_iou: float = 0.5,
+        num_samples: int = 512,
+        positive_fraction: float = 0.25,
+        delta_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
+        seed: int | None = None,
+        **kwargs,
+    ):
+        kwargs.setdefault("dtype", "float32")
+        super().__init__(**kwargs)
+        self.positive_iou = positive_iou
+        self.delta_weights = tuple(delta_weights)
+        self.num_samples = num_samples
+        self.positive_fraction = positive_fraction
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, proposals, scores, boxes, labels, is_object) -> dict:
+        """Targets of sampled regions.
+
+        Args:
+            proposals: `[B, P, 4]` xyxy pixels.
+            scores: `[B, P]`, negative where there is no proposal.
+            boxes: `[B, G, 4]` ground truth; zeros where `is_object` is false.
+            labels: `[B, G]` int32.
+            is_object: `[B, G]` bool.
+
+        Returns:
+            `{"regions": [B, S, 4], "labels": [B, S], "positive": [B, S], "sampled": [B, S],
+            "deltas": [B, S, 4]}`: labels are -1 for the background, deltas count where positive.
+        """
+        regions = ops.concatenate([proposals, boxes], axis=1)
+        present = ops.concatenate([scores >= 0, is_object], axis=1)
+        matched, is_positive, is_negative = match(
+            regions,
+            boxes,
+            is_object,
+            self.positive_iou,
+            self.positive_iou,
+            keep_best_of_each_object=False,
+        )
+        indices, positive, sampled = draw_samples(
+            ops.logical_and(is_positive, present),
+            ops.logical_and(is_negative, present),
+            self.num_samples,
+            self.positive_fraction,
+            self.seed_generator,
+        )
+        regions = take_rows(regions, indices)
+        objects = take_rows(matched, indices)
+        return {
+            "regions": regions,
+            "labels": ops.where(positive, take_rows(labels, objects), -1),
+            "positive": positive,
+            "sampled": sampled,
+            "deltas": encode_deltas(take_rows(boxes, objects), regions, self.delta_weights),
+        }
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            positive_iou=self.positive_iou,
+            num_samples=self.num_samples,
+            positive_fraction=self.positive_fraction,
+            delta_weights=self.delta_weights,
+            seed=self.seed,
+        )
+        return config

@@ -1,0 +1,64 @@
+"""Fixtures that several test files share."""
+
+import os
+
+# Before TensorFlow is imported: tests run on the CPU, with two devices for distribution.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+
+import keras
+import numpy as np
+import pytest
+
+import keras_fpn
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+
+def small_detector(**arguments) -> keras_fpn.FasterRCNN:
+    """A detector with every stage in place that builds and runs in seconds."""
+    numbers = {
+        "num_classes": 3,
+        "backbone": "resnet18",
+        "normalization": "frozen_batch_norm",
+        "pyramid_channels": 16,
+        "head_hidden_dim": 32,
+        "rpn_pre_nms": 50,
+        "rpn_post_nms": 30,
+        "rpn_training_pre_nms": 50,
+        "rpn_training_post_nms": 40,
+        "roi_samples": 32,
+        "score_threshold": 0.0,
+        "max_detections": 20,
+        "seed": 1,
+    }
+    return keras_fpn.build_fpn_faster_rcnn(**(numbers | arguments))
+
+
+@pytest.fixture(scope="session")
+def images() -> np.ndarray:
+    """Two images of 64 x 96 random pixels."""
+    return np.random.RandomState(0).randint(0, 256, (2, 64, 96, 3)).astype("uint8")
+
+
+@pytest.fixture(scope="session")
+def targets() -> dict:
+    """Ground truth for `images`: one object, and two."""
+    return {
+        "boxes": np.array(
+            [[[5, 5, 50, 60], [0, 0, 0, 0]], [[20, 20, 60, 60], [3, 3, 90, 50]]], "float32"
+        ),
+        "labels": np.array([[0, -1], [2, 1]], "int32"),
+    }
+
+
+@pytest.fixture(scope="session")
+def detector() -> keras_fpn.FasterRCNN:
+    """A small detector whose weights no test changes."""
+    keras.utils.set_random_seed(0)
+    return small_detector()
