@@ -1,0 +1,284 @@
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras.ops import convert_to_numpy
+
+from keras_fpn.resnet import FrozenBatchNormalization, ResNet
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def trained_layers(model):
+    return {layer.name for layer in model.layers if layer.trainable_weights}
+
+
+def randomize_norms(model, rng):
+    for layer in model.layers:
+        if isinstance(layer, FrozenBatchNormalization):
+            size = layer.gamma.shape[0]
+            gamma, variance = rng.uniform(0.5, 1.5, (2, size))
+            beta, mean = rng.normal(size=(2, size))
+            layer.set_weights([gamma, beta, mean, variance])
+
+
+def numpy_convolution(x, kernel, strides):
+    """Of one image, one output pixel after the other, with kernel_size // 2 zeros on all sides."""
+    size = kernel.shape[0]
+    x = np.pad(x, ((size // 2, size // 2), (size // 2, size // 2), (0, 0)))
+    height, width = ((n - size) // strides + 1 for n in x.shape[:2])
+    y = np.empty((height, width, kernel.shape[-1]))
+    for row in range(height):
+        for column in range(width):
+            top, left = row * strides, column * strides
+            y[row, column] = np.tensordot(x[top : top + size, left : left + size], kernel, axes=3)
+    return y
+
+
+def numpy_conv_norm(model, x, conv_name, strides):
+    kernel = convert_to_numpy(model.get_layer(conv_name).kernel)
+    norm = model.get_layer(conv_name.replace("conv", "norm"))
+    gamma, beta, mean, variance = norm.get_weights()
+    y = numpy_convolution(x, kernel, strides)
+    return gamma * (y - mean) / np.sqrt(variance + norm.epsilon) + beta
+
+
+class TestFrozenBatchNormalization:
+    @pytest.mark.parametrize("epsilon", [0.0, 1e-3])
+    def test_is_the_affine_map_of_its_weights_in_training_too(self, rng, epsilon):
+        gamma, beta, mean = rng.normal(size=(3, 5))
+        variance = rng.uniform(0.1, 2, 5)
+        x = rng.normal(size=(2, 3, 4, 5)).astype("float32")
+        layer = FrozenBatchNormalization(epsilon=epsilon)
+        layer.build(x.shape)
+        layer.set_weights([gamma, beta, mean, variance])
+
+        expected = gamma * (x - mean) / np.sqrt(variance + epsilon) + beta
+        for training in (False, True):
+            y = convert_to_numpy(layer(x, training=training))
+            np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+    def test_has_the_weights_of_keras_batch_norm_and_trains_none(self):
+        frozen, trained = FrozenBatchNormalization(), keras.layers.BatchNormalization()
+        frozen.build((None, 4))
+        trained.build((None, 4))
+        assert [w.name for w in frozen.weights] == [w.name for w in trained.weights]
+        frozen.trainable = True
+        assert frozen.trainable_weights == []
+
+    @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+    def test_makes_scale_and_shift_in_float32(self, policy):
+        # bfloat16 has no 257: held or computed in it, the shift 257 - 256 would be 0.
+        layer = FrozenBatchNormalization(epsilon=0.0, dtype=policy)
+        layer.build((None, 1))
+        layer.set_weights([np.ones(1), np.full(1, 257.0), np.full(1, 256.0), np.ones(1)])
+        y = layer(np.zeros((1, 1)))
+        assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"
+        assert float(y[0, 0]) == 1.0
+
+    def test_keeps_epsilon_in_its_config(self):
+        layer = FrozenBatchNormalization(epsilon=0.0, name="norm")
+        copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
+        assert (copy.epsilon, copy.name) == (0.0, "norm")
+
+
+class TestArithmetic:
+    def test_stem_is_convolution_norm_relu_and_max_pool_padded_alike_on_all_sides(self, rng):
+        model = ResNet(18, normalization="frozen_batch_norm")
+        randomize_norms(model, rng)
+        image = rng.normal(size=(11, 14, 3)).astype("float32")
+        x = np.maximum(numpy_conv_norm(model, image, "stem_conv", 2), 0)
+        x = np.pad(x, ((1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+        expected = [
+            [x[i : i + 3, j : j + 3].max(axis=(0, 1)) for j in range(0, x.shape[1] - 2, 2)]
+            for i in range(0, x.shape[0] - 2, 2)
+        ]
+        stem = keras.Model(model.inputs[0], model.get_layer("stem_pool").output)
+        np.testing.assert_allclose(
+            convert_to_numpy(stem(image[None]))[0], expected, rtol=1e-4, atol=1e-4
+        )
+
+    @pytest.mark.parametrize(
+        ("depth", "stride_in_1x1", "strides"),
+        [(18, False, (2, 1)), (50, False, (1, 2, 1)), (50, True, (2, 1, 1))],
+    )
+    def test_block_adds_its_convolutions_to_the_projected_shortcut(
+        self, rng, depth, stride_in_1x1, strides
+    ):
+        model = ResNet(depth, stride_in_1x1=stride_in_1x1, normalization="frozen_batch_norm")
+        randomize_norms(model, rng)
+        c2 = model.output["C2"]
+        block = keras.Model(c2, model.get_layer("stage3_block0_relu").output)
+        x = rng.normal(size=(5, 6, c2.shape[-1])).astype("float32")
+
+        y = x
+        for i, stride in enumerate(strides, start=1):
+            y = numpy_conv_norm(model, y, f"stage3_block0_conv{i}", stride)
+            if i < len(strides):
+                y = np.maximum(y, 0)
+        y = np.maximum(y + numpy_conv_norm(model, x, "stage3_block0_shortcut_conv", 2), 0)
+        np.testing.assert_allclose(convert_to_numpy(block(x[None]))[0], y, rtol=1e-4, atol=1e-4)
+
+    def test_kernels_are_drawn_from_an_untruncated_normal_of_gain_two_by_fan_out(self):
+        model = ResNet(18)
+        kernel = convert_to_numpy(model.get_layer("stage4_block1_conv1").kernel)
+        other = convert_to_numpy(model.get_layer("stage4_block1_conv2").kernel)
+        standard_deviation = np.sqrt(2 / (3 * 3 * 256))
+        np.testing.assert_allclose(kernel.std(), standard_deviation, rtol=0.01)
+        assert np.abs(kernel).max() > 4 * standard_deviation
+        assert not np.array_equal(kernel, other)
+
+
+class TestFeatureMaps:
+    @pytest.mark.parametrize("size", [(75, 101), (32, 33)])
+    def test_level_n_is_2_to_the_n_times_smaller_rounded_up(self, rng, size):
+        images = rng.normal(size=(2, *size, 3)).astype("float32")
+        feature_maps = ResNet(18)(images)
+        assert {level: tuple(x.shape) for level, x in feature_maps.items()} == {
+            f"C{n}": (2, -(-size[0] // 2**n), -(-size[1] // 2**n), 16 * 2**n) for n in range(2, 6)
+        }
+
+    def test_static_image_shape_gives_static_feature_maps(self):
+        model = ResNet(50, image_shape=(75, 101, 3))
+        assert {level: x.shape for level, x in model.output.items()} == {
+            "C2": (None, 19, 26, 256),
+            "C3": (None, 10, 13, 512),
+            "C4": (None, 5, 7, 1024),
+            "C5": (None, 3, 4, 2048),
+        }
+
+    # torchvision 0.27.1's resnets without their `fc`.
+    @pytest.mark.parametrize(
+        ("depth", "parameters"),
+        [(18, 11176512), (34, 21284672), (50, 23508032), (101, 42500160), (152, 58143808)],
+    )
+    def test_has_as_many_trained_parameters_as_the_reference(self, depth, parameters):
+        model = ResNet(depth)
+        assert sum(np.prod(weight.shape) for weight in model.trainable_weights) == parameters
+        assert not any(layer.use_bias for layer in model.layers if hasattr(layer, "use_bias"))
+
+    def test_image_data_format_of_the_keras_configuration_does_not_matter(self, rng):
+        images = rng.normal(size=(1, 33, 40, 3)).astype("float32")
+        data_format = keras.config.image_data_format()
+        keras.config.set_image_data_format("channels_first")
+        try:
+            model = ResNet(18)
+        finally:
+            keras.config.set_image_data_format(data_format)
+        assert model(images)["C5"].shape == (1, 2, 2, 512)
+
+
+class TestNormalization:
+    def test_group_norm_normalizes_32_groups_of_each_image(self, rng):
+        model = ResNet(18, normalization="group_norm")
+        x = rng.normal(3, 2, size=(2, 5, 3, 64)).astype("float32")
+        groups = x.reshape(2, 15, 32, 2)
+        mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+        expected = ((groups - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape)
+        y = model.get_layer("stem_norm")(x)
+        np.testing.assert_allclose(convert_to_numpy(y), expected, rtol=1e-4, atol=1e-4)
+
+    def test_group_norm_takes_images_of_any_size(self, rng):
+        model = ResNet(18, normalization="group_norm")
+        c5 = model.predict(rng.normal(size=(1, 45, 70, 3)), verbose=0)["C5"]
+        assert c5.shape == (1, 2, 3, 512)
+        assert np.isfinite(c5).all()
+
+    @pytest.mark.skipif(
+        keras.backend.backend() != "tensorflow", reason="Keras synchronizes on TensorFlow only"
+    )
+    def test_sync_batch_norm_is_keras_batch_norm_synchronized(self):
+        model = ResNet(18, normalization="sync_batch_norm")
+        norms = [x for x in model.layers if isinstance(x, keras.layers.BatchNormalization)]
+        assert len(norms) == 20
+        assert all(norm.synchronized and norm.momentum == 0.9 for norm in norms)
+
+    def test_epsilon_reaches_every_norm(self):
+        for normalization in ("frozen_batch_norm", "batch_norm", "group_norm"):
+            model = ResNet(18, normalization=normalization, norm_epsilon=0.0)
+            assert {x.epsilon for x in model.layers if x.name.endswith("norm")} == {0.0}
+
+
+class TestFrozenStages:
+    @pytest.mark.parametrize(
+        ("normalization", "frozen_stages"),
+        [("batch_norm", n) for n in (0, 1, 2, 5)] + [("frozen_batch_norm", 2), ("group_norm", 2)],
+    )
+    def test_counts_stem_and_stages_from_the_image(self, normalization, frozen_stages):
+        model = ResNet(18, normalization=normalization, frozen_stages=frozen_stages)
+        trained = {name.split("_")[0] for name in trained_layers(model)}
+        stages = ["stem", "stage2", "stage3", "stage4", "stage5"]
+        assert trained == set(stages[frozen_stages:])
+
+    def test_batch_norm_of_a_frozen_stage_uses_and_keeps_its_moving_statistics(self, rng):
+        model = ResNet(18, frozen_stages=2)
+        images = rng.normal(2, 3, size=(2, 33, 33, 3)).astype("float32")
+        means = {x.name: x.moving_mean for x in model.layers if "norm" in x.name}
+        inference, training = model(images, training=False), model(images, training=True)
+        np.testing.assert_array_equal(*map(convert_to_numpy, (inference["C2"], training["C2"])))
+        assert np.abs(convert_to_numpy(inference["C3"] - training["C3"])).max() > 1e-3
+        updated = {name.split("_")[0] for name, x in means.items() if convert_to_numpy(x).any()}
+        assert updated == {"stage3", "stage4", "stage5"}
+
+
+class TestSerialization:
+    def test_config_rebuilds_the_same_network(self):
+        model = ResNet(
+            50,
+            stride_in_1x1=True,
+            normalization="group_norm",
+            norm_epsilon=1e-3,
+            frozen_stages=3,
+            image_shape=(64, None, 3),
+            name="body",
+            dtype="mixed_bfloat16",
+        )
+        config = json.loads(json.dumps(keras.saving.serialize_keras_object(model)))
+        copy = keras.saving.deserialize_keras_object(config)
+        assert copy.get_config() == model.get_config()
+        assert copy.name == "body"
+        assert trained_layers(copy) == trained_layers(model)
+        assert copy.get_layer("stage2_block0_conv1").compute_dtype == "bfloat16"
+
+    def test_untrained_network_stays_so(self):
+        model = ResNet(18)
+        model.trainable = False
+        copy = ResNet.from_config(model.get_config())
+        assert trained_layers(copy) == set()
+
+    def test_saved_inside_another_model_gives_the_same_feature_maps(self, rng, tmp_path):
+        backbone = ResNet(18, normalization="frozen_batch_norm", frozen_stages=2)
+        randomize_norms(backbone, rng)
+        images = keras.Input((None, None, 3))
+        model = keras.Model(images, backbone(images))
+        model.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+
+        x = rng.normal(size=(1, 35, 50, 3)).astype("float32")
+        expected, found = model(x), loaded(x)
+        for level in ("C2", "C3", "C4", "C5"):
+            np.testing.assert_array_equal(*map(convert_to_numpy, (expected[level], found[level])))
+        assert len(loaded.trainable_weights) == len(model.trainable_weights)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depth": 51}, r"depth must be one of \[18, 34, 50, 101, 152\], not 51"),
+        ({"normalization": "batchnorm"}, "not 'batchnorm'; did you mean 'batch_norm'"),
+        ({"normalization": None}, "normalization must be one of .*, not None"),
+        ({"frozen_stages": 6}, "frozen_stages must be an int from 0 .* to 5 .*, not 6"),
+        ({"frozen_stages": -1}, "frozen_stages must be an int from 0 .* to 5 .*, not -1"),
+        ({"frozen_stages": 2.0}, "frozen_stages must be an int from 0 .* to 5 .*, not 2.0"),
+        ({"image_shape": (64, 64, 1)}, r"must be \(height, width, 3\), not \(64, 64, 1\)"),
+        ({"image_shape": (64, 3)}, r"must be \(height, width, 3\), not \(64, 3\)"),
+        ({"depth": 34, "stride_in_1x1": True}, "needs the bottleneck blocks .* not depth 34"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ResNet(**{"depth": 18, **arguments})
