@@ -116,7 +116,9 @@ class FasterRCNN(keras.Model):
         return super().call(_with_image_sizes(inputs), training=training)
 
     def compute_output_spec(self, inputs, training=None, mask=None):
-        return super().compute_output_spec(_with_image_sizes(inputs))
+        images, _ = check_images(inputs)
+        image_sizes = keras.KerasTensor((images.shape[0], 2), "int32")
+        return super().compute_output_spec({"images": images, "image_sizes": image_sizes})
 
     def compute_losses(self, inputs, targets, training: bool = True) -> dict:
         """The four losses of a batch (Faster R-CNN, Eq. 1, for either stage).

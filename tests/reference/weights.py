@@ -1,0 +1,122 @@
+"""Inputs of the stored reference results, made from numpy alone on both sides.
+
+The oracle (``make_reference.py``, PyTorch) and the tests (Keras) call the same functions, so that
+neither weights nor images are stored. Every array comes from a ``np.random.RandomState`` whose seed
+is the CRC-32 of a name; its integer stream is frozen by numpy's compatibility policy. Only integer
+draws and elementwise IEEE arithmetic are used: no ``log``, ``sin`` or floating-point sum, so the
+arrays are the same bits on every machine.
+"""
+
+import zlib
+
+import numpy as np
+
+_HALF_RANGE = 32768
+
+# Standard deviation of a layer's weights times sqrt(fan-in), by a part of the layer's name. Layers
+# not listed use He's sqrt(2).
+_GAINS = {
+    "fpn.inner_blocks": 1.0,
+    "fpn.layer_blocks": 1.0,
+    "rpn.head.cls_logits": 1.6,
+    "rpn.head.bbox_pred": 0.4,
+    "box_predictor.cls_score": 2.5,
+    "box_predictor.bbox_pred": 2.0,
+}
+
+
+def _integers(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    random = np.random.RandomState(zlib.crc32(name.encode()))
+    return random.randint(-_HALF_RANGE, _HALF_RANGE, size=shape, dtype=np.int32)
+
+
+def reference_uniform(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 array of `shape`, uniform in [-1, 1), decided by `name` alone."""
+    return (_integers(name, shape) / float(_HALF_RANGE)).astype(np.float32)
+
+
+def reference_projection(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The direction on which the gradient of parameter `name` is projected, in PyTorch's layout.
+
+    Uniform in [-1, 1): the stored number is ``sum(gradient * projection)`` in float64.
+    """
+    return reference_uniform("projection of " + name, shape)
+
+
+def _weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    # Each filter sums to zero: the positive mean of a ReLU's output then does not drown what
+    # differs between places.
+    integers = _integers(name, shape).reshape(shape[0], -1)
+    fan_in = integers.shape[1]
+    centred = integers - integers.sum(axis=1, keepdims=True, dtype=np.int64) / float(fan_in)
+    gain = next((gain for layer, gain in _GAINS.items() if layer in name), 2.0**0.5)
+    scale = gain * (3.0 / fan_in) ** 0.5 / _HALF_RANGE
+    return (centred * scale).astype(np.float32).reshape(shape)
+
+
+def reference_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Float32 weights for a torchvision Faster R-CNN FPN, from its parameters' names and shapes.
+
+    `shapes` maps the names of ``model.state_dict()`` to shapes (PyTorch's layout: convolutions
+    ``[out, in, height, width]``, linear layers ``[out, in]``). ``num_batches_tracked`` entries are
+    left out of the result. An array depends on its own name and shape, and on whether its residual
+    block has two or three convolutions.
+    """
+    weights = {}
+    for name, shape in shapes.items():
+        shape = tuple(shape)
+        layer, role = name.rsplit(".", 1)
+        if role == "num_batches_tracked":
+            continue
+        if role == "running_mean":
+            weights[name] = np.float32(0.25) * reference_uniform(name, shape)
+        elif role == "running_var":
+            weights[name] = np.float32(1) + np.float32(0.5) * reference_uniform(name, shape)
+        elif role == "bias":
+            weights[name] = np.float32(0.25) * reference_uniform(name, shape)
+            if name.endswith("box_predictor.cls_score.bias"):
+                # The background: most RoIs are to score low elsewhere.
+                weights[name][0] += np.float32(9)
+        elif len(shape) == 1:
+            block, norm = layer.rsplit(".", 1)
+            last = "bn3" if f"{block}.bn3.{role}" in shapes else "bn2"
+            scale = np.float32(0.375 if norm == last else 1.0)
+            weights[name] = scale * (
+                np.float32(1) + np.float32(0.25) * reference_uniform(name, shape)
+            )
+        else:
+            weights[name] = _weight(name, shape)
+    return weights
+
+
+def _smooth(name: str, height: int, width: int, channels: int, cell: int) -> np.ndarray:
+    """Bilinear interpolation of random values `cell` places apart, within [-1, 1), float64."""
+    shape = (height // cell + 2, width // cell + 2, channels)
+    grid = _integers(name, shape) / float(_HALF_RANGE)
+    rows, columns = np.arange(height), np.arange(width)
+    y = ((rows % cell) / float(cell))[:, None, None]
+    x = ((columns % cell) / float(cell))[None, :, None]
+    top, left = rows // cell, columns // cell
+    upper = grid[top][:, left] * (1 - x) + grid[top][:, left + 1] * x
+    lower = grid[top + 1][:, left] * (1 - x) + grid[top + 1][:, left + 1] * x
+    return np.ascontiguousarray(upper * (1 - y) + lower * y)
+
+
+def reference_features(name: str, batch: int, height: int, width: int, channels: int) -> np.ndarray:
+    """Float32 map ``[batch, height, width, channels]``, smooth over 4 places with a little noise.
+
+    Neighbours differ by about 0.3, so that the rounding of a coordinate (1e-5 at 160) moves what is
+    sampled there by a few 1e-6 only.
+    """
+    maps = [_smooth(f"{name} {i}", height, width, channels, 4) for i in range(batch)]
+    noise = _integers(name + " noise", (batch, height, width, channels)) / float(_HALF_RANGE)
+    return (np.stack(maps) + 0.125 * noise).astype(np.float32)
+
+
+def reference_image(name: str, height: int, width: int) -> np.ndarray:
+    """uint8 RGB image ``[height, width, 3]``, decided by the arguments: shades and some noise."""
+    name = f"image {name} {height} {width}"
+    shades = 128 + 90 * _smooth(name + " coarse", height, width, 3, 32)
+    shades += 50 * _smooth(name + " fine", height, width, 3, 8)
+    shades += 20 * (_integers(name + " noise", (height, width, 3)) / float(_HALF_RANGE))
+    return np.clip(np.floor(shades), 0, 255).astype(np.uint8)

@@ -1,0 +1,216 @@
+"""The detector as a Keras model: call, fit, save, XLA, two replicas."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import small_detector
+
+from keras_fpn.faster_rcnn import LOSS_NAMES
+
+tensorflow_only = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="fit() needs the TensorFlow backend"
+)
+
+# Enough samples for every positive and negative, so that no draw decides.
+ALL_SAMPLES = {"rpn_samples": 6000, "roi_samples": 100}
+
+
+def arrays(detections):
+    return {name: keras.ops.convert_to_numpy(value) for name, value in detections.items()}
+
+
+def assert_same_detections(a, b, pixels=1e-3, score=1e-5):
+    a, b = arrays(a), arrays(b)
+    np.testing.assert_array_equal(a["num_detections"], b["num_detections"])
+    np.testing.assert_array_equal(a["labels"], b["labels"])
+    np.testing.assert_allclose(a["scores"], b["scores"], atol=score)
+    np.testing.assert_allclose(a["boxes"], b["boxes"], atol=pixels)
+
+
+def test_detections_are_sorted_inside_the_image_and_padded(detector, images):
+    detections = arrays(detector(images))
+    assert {name: value.shape for name, value in detections.items()} == {
+        "boxes": (2, 20, 4),
+        "scores": (2, 20),
+        "labels": (2, 20),
+        "num_detections": (2,),
+    }
+    assert (np.diff(detections["scores"]) <= 0).all()
+    assert (detections["boxes"] >= 0).all()
+    assert (detections["boxes"] <= [96, 64, 96, 64]).all()
+    for count, labels in zip(detections["num_detections"], detections["labels"], strict=True):
+        assert count > 0
+        assert (labels[:count] >= 0).all()
+        assert (labels[count:] == -1).all()
+
+
+def test_symbolic_shapes_are_those_of_the_result(detector):
+    outputs = detector(keras.Input((None, None, 3)))
+    assert outputs["boxes"].shape == (None, 20, 4)
+    assert keras.backend.standardize_dtype(outputs["labels"].dtype) == "int32"
+
+
+def test_any_number_dtype_and_call_style_gives_the_same(detector, images):
+    expected = detector(images)
+    sizes = np.array([[64, 96], [64, 96]])
+    assert_same_detections(detector(images.astype("float32")), expected)
+    assert_same_detections(detector({"images": images, "image_sizes": sizes}), expected)
+    assert_same_detections(detector({"images": images}), expected)
+
+
+def test_an_image_in_a_padded_batch_is_detected_as_alone(detector, images):
+    alone = images[:1, :60, :80]
+    padded = images.copy()
+    padded[0, 60:], padded[0, :, 80:] = 7, 9
+    together = detector({"images": padded, "image_sizes": np.array([[60, 80], [64, 96]])})
+    assert_same_detections(
+        {name: value[:1] for name, value in arrays(together).items()}, detector(alone)
+    )
+
+
+def test_predict_concatenates_batches_of_a_data_set(detector, images):
+    predicted = detector.predict(np.concatenate([images, images[:1]]), batch_size=1, verbose=0)
+    assert_same_detections({name: value[:2] for name, value in predicted.items()}, detector(images))
+    assert_same_detections(
+        {name: value[2:] for name, value in predicted.items()}, detector(images[:1])
+    )
+
+
+@pytest.mark.parametrize("bounding_box_format", ["rel_yxyx", "center_xywh"])
+def test_detections_come_in_the_format_asked_for(detector, images, bounding_box_format):
+    other = small_detector(bounding_box_format=bounding_box_format)
+    other.set_weights(detector.get_weights())
+    expected = arrays(detector(images))["boxes"]
+    boxes = arrays(other(images))["boxes"]
+    x1, y1, x2, y2 = np.split(expected, 4, -1)
+    if bounding_box_format == "rel_yxyx":
+        wanted = np.concatenate([y1 / 64, x1 / 96, y2 / 64, x2 / 96], -1)
+    else:
+        wanted = np.concatenate([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], -1)
+    np.testing.assert_allclose(boxes, wanted, atol=1e-4)
+
+
+def test_the_losses_of_every_backend_are_finite_and_positive(images, targets):
+    losses = small_detector().compute_losses(images, targets)
+    values = {name: float(keras.ops.convert_to_numpy(loss)) for name, loss in losses.items()}
+    assert tuple(values) == LOSS_NAMES
+    assert all(np.isfinite(value) and value >= 0 for value in values.values())
+    # Untrained: as good as guessing between 2 and among 4.
+    assert values["objectness_loss"] == pytest.approx(np.log(2), abs=0.2)
+    assert values["class_loss"] == pytest.approx(np.log(4), abs=0.7)
+
+
+@tensorflow_only
+def test_fit_lowers_the_losses_then_saves_loads_and_goes_on(images, targets, tmp_path):
+    import tensorflow as tf
+
+    keras.utils.set_random_seed(0)
+    model = small_detector(normalization="batch_norm")
+    model.compile(keras.optimizers.SGD(0.02, momentum=0.9), jit_compile=False)
+    data = tf.data.Dataset.from_tensors((images, targets)).repeat(8)
+    history = model.fit(data, epochs=2, validation_data=data.take(1), verbose=0).history
+    assert {"loss", *LOSS_NAMES, "val_loss", *(f"val_{name}" for name in LOSS_NAMES)} == set(
+        history
+    )
+    assert history["loss"][-1] < history["loss"][0]
+    total = sum(history[name][-1] for name in LOSS_NAMES)
+    assert history["loss"][-1] == pytest.approx(total, rel=1e-4)
+
+    model.save(tmp_path / "detector.keras")
+    loaded = keras.saving.load_model(tmp_path / "detector.keras")
+    assert_same_detections(loaded.predict(images, verbose=0), model.predict(images, verbose=0))
+    assert loaded.optimizer.iterations.numpy() == 16
+    continued = loaded.fit(data, verbose=0).history["loss"][-1]
+    assert continued < history["loss"][0]
+
+
+@tensorflow_only
+def test_xla_gives_the_same_predictions_and_the_same_training_step(images, targets):
+    models = []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(0)
+        model = small_detector(**ALL_SAMPLES)
+        # jit_compile=True refuses any op that XLA cannot compile: it is one program or an error.
+        model.compile(keras.optimizers.SGD(0.01), jit_compile=jit_compile)
+        before = model.predict(images, verbose=0)
+        losses = model.train_on_batch(images, targets, return_dict=True)
+        models.append((before, losses, model.get_weights()))
+    (plain, plain_losses, plain_weights), (xla, xla_losses, xla_weights) = models
+    assert_same_detections(plain, xla)
+    assert xla_losses == pytest.approx(plain_losses, rel=1e-4)
+    for a, b in zip(plain_weights, xla_weights, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@tensorflow_only
+def test_two_replicas_of_one_image_make_the_step_of_one_replica_of_two(images, targets):
+    import tensorflow as tf
+
+    def step(strategy):
+        with strategy.scope():
+            keras.utils.set_random_seed(0)
+            model = small_detector(**ALL_SAMPLES)
+            model.compile(keras.optimizers.SGD(0.1, momentum=0.9), jit_compile=False)
+        before = model.get_weights()
+        data = tf.data.Dataset.from_tensor_slices((images, targets)).batch(2, drop_remainder=True)
+        history = model.fit(data, verbose=0).history
+        return before, model.get_weights(), {name: value[0] for name, value in history.items()}
+
+    _, one, one_losses = step(tf.distribute.get_strategy())
+    before, two, two_losses = step(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+    assert two_losses == pytest.approx(one_losses, rel=1e-4)
+    assert max(np.abs(a - b).max() for a, b in zip(before, two, strict=True)) > 1e-3
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@tensorflow_only
+def test_degenerate_and_missing_objects_leave_loss_and_weights_finite(images):
+    import tensorflow as tf
+
+    bad = np.array(
+        [
+            [[10, 10, 10, 30], [40, 40, 30, 50], [np.nan, 0, 5, 5], [0, 0, np.inf, 9]],
+            [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
+        ],
+        "float32",
+    )
+    labels = np.array([[0, 1, 2, 0], [-1, -1, -1, -1]])
+    model = small_detector()
+    model.compile(keras.optimizers.SGD(0.01), jit_compile=False)
+    data = tf.data.Dataset.from_tensors((images, {"boxes": bad, "labels": labels}))
+    history = model.fit(data, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    # No object is left, so there is nothing to regress to.
+    assert history["rpn_box_loss"] == [0.0]
+    assert history["box_loss"] == [0.0]
+    assert all(np.isfinite(weight).all() for weight in model.get_weights())
+
+
+@tensorflow_only
+def test_frozen_stages_stay_as_they_are(images, targets):
+    model = small_detector(frozen_stages=2)
+    model.compile(keras.optimizers.SGD(0.1), jit_compile=False)
+    frozen = [model.backbone.get_layer(n) for n in ("stem_conv", "stage2_block1_conv2")]
+    free = model.backbone.get_layer("stage3_block0_conv1")
+    before = [layer.get_weights()[0] for layer in (*frozen, free)]
+    model.train_on_batch(images, targets)
+    after = [layer.get_weights()[0] for layer in (*frozen, free)]
+    np.testing.assert_array_equal(before[0], after[0])
+    np.testing.assert_array_equal(before[1], after[1])
+    assert np.abs(before[2] - after[2]).max() > 0
+
+
+@tensorflow_only
+def test_mixed_precision_keeps_boxes_and_losses_in_float32(images, targets):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = small_detector()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert model.feature_pyramid.compute_dtype == "bfloat16"
+    detections = model(images)
+    assert keras.backend.standardize_dtype(detections["boxes"].dtype) == "float32"
+    losses = model.compute_losses(images, targets)
+    assert {keras.backend.standardize_dtype(loss.dtype) for loss in losses.values()} == {"float32"}
+    assert all(np.isfinite(float(loss)) for loss in losses.values())

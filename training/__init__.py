@@ -1,0 +1,1 @@
+"""Recipes, data pipelines and programs that turn `keras_fpn` into trained detectors."""

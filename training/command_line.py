@@ -1,0 +1,18 @@
+"""What the programs share towards the person who calls them."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def exits_on_bad_input() -> Iterator[None]:
+    """Ends the program with the sentence of an error, without a traceback.
+
+    Only around the checks and the loading of what the user named: an error in there is about what
+    was named, an error anywhere else is a failure of the program and shows where it happened.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")

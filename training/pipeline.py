@@ -1,0 +1,578 @@
+"""Batches of equal shape from a detection data set: decode, flip, resize, pad, all in tf.data.
+
+Images are sorted into a few shapes (buckets) by their header, and batches are put together, before
+anything is decoded: a waiting image costs its file's bytes, not its pixels.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+from training.datasets import DetectionDataset
+from training.image_decoding import decode_image, read_image_size
+
+_BOX_PROBLEMS = ("not finite", "without area", "outside the image", "over max_boxes")
+_SEPARATOR = "\0"
+_BUCKET_MULTIPLE = 32  # The stride of P5, the coarsest level that is computed from pixels.
+
+Record = dict[str, tf.Tensor]
+
+
+class SkipReport:
+    """What a pipeline left out, by name and reason. Each image counts once, in however many epochs.
+
+    Pipelines run ahead of the training step: the report covers the images that were read, which are
+    a few batches more than those that were used.
+    """
+
+    def __init__(self):
+        # By image id: TensorFlow has no table from strings to strings.
+        self._images = tf.lookup.experimental.MutableHashTable(tf.int64, tf.string, "")
+        self._boxes = tf.lookup.experimental.MutableHashTable(
+            tf.int64, tf.int64, tf.zeros([len(_BOX_PROBLEMS)], tf.int64)
+        )
+
+    def images(self) -> dict[str, str]:
+        """The file name of each skipped image, and why it was skipped."""
+        texts = sorted(text.decode(errors="replace") for text in self._images.export()[1].numpy())
+        return dict(text.split(_SEPARATOR, 1) for text in texts)
+
+    def boxes(self) -> dict[str, int]:
+        """The number of boxes left out for each reason that occurred."""
+        counts = self._boxes.export()[1].numpy().sum(axis=0)
+        return {problem: int(n) for problem, n in zip(_BOX_PROBLEMS, counts, strict=True) if n > 0}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for table in (self._images, self._boxes):
+            table.remove(table.export()[0])
+
+    def __str__(self) -> str:
+        """One sentence, empty where nothing was skipped."""
+        images, boxes = self.images(), self.boxes()
+        parts = []
+        if images:
+            named = [
+                f"{name} ({problem})" for name, problem in itertools.islice(images.items(), 10)
+            ]
+            more = f" and {len(images) - 10} more" if len(images) > 10 else ""
+            noun = "image" if len(images) == 1 else "images"
+            parts.append(f"{len(images)} {noun}: {', '.join(named)}{more}")
+        if boxes:
+            noun = "box" if sum(boxes.values()) == 1 else "boxes"
+            reasons = ", ".join(f"{n} {problem}" for problem, n in boxes.items())
+            parts.append(f"{sum(boxes.values())} {noun}: {reasons}")
+        return f"skipped {'; '.join(parts)}" if parts else ""
+
+    def _note_image(self, record: Record, problem: tf.Tensor) -> None:
+        """Graph op: remember the image where `problem` is not empty."""
+        text = tf.strings.join([record["file_name"], problem], _SEPARATOR)
+        tf.cond(
+            tf.not_equal(problem, ""),
+            lambda: self._images.insert(record["image_id"], text),
+            tf.no_op,
+        )
+
+    def _note_boxes(self, record: Record, counts: tf.Tensor) -> None:
+        """Graph op: remember int64 `counts`, one for each of `_BOX_PROBLEMS`, where any is set."""
+        tf.cond(
+            tf.reduce_any(counts > 0),
+            lambda: self._boxes.insert(record["image_id"], counts),
+            tf.no_op,
+        )
+
+
+def steps_per_epoch(dataset: DetectionDataset, batch_size: int) -> int:
+    """Number of batches that `training_batches` counts as one epoch."""
+    return dataset.num_images // batch_size
+
+
+def bucket_shapes(
+    shorter_edge: int, longest_edge: int, aspect_ratios: Sequence[float]
+) -> list[tuple[int, int]]:
+    """The shapes (height, width) that batches can have, the smallest first.
+
+    For each ratio the smallest shape, in multiples of 32, that holds a landscape or portrait image
+    of that ratio, resized; the last shape reaches `longest_edge`, so that every image fits.
+    """
+    short = min(shorter_edge, longest_edge)
+    longs = [min(longest_edge, short * ratio) for ratio in sorted(aspect_ratios)[:-1]]
+    shapes = set()
+    for long in [*longs, longest_edge]:
+        height, width = (
+            _BUCKET_MULTIPLE * math.ceil(round(edge, 6) / _BUCKET_MULTIPLE)
+            for edge in (short, long)
+        )
+        shapes |= {(height, width), (width, height)}
+    return sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
+
+
+def training_batches(
+    dataset: DetectionDataset,
+    batch_size: int,
+    *,
+    shorter_edges: Sequence[int] = (640, 672, 704, 736, 768, 800),
+    longest_edge: int = 1333,
+    horizontal_flip: bool = True,
+    max_boxes: int = 100,
+    keep_empty_images: bool = False,
+    shuffle_buffer: int = 2048,
+    seed: int = 0,
+    start_epoch: int = 0,
+    aspect_ratios: Sequence[float] = (4 / 3, 5 / 3),
+    report: SkipReport | None = None,
+) -> tf.data.Dataset:
+    """Endless shuffled, augmented batches for `FasterRCNN.fit`.
+
+    Epoch e is `steps_per_epoch` batches, and a function of the arguments and e alone: a run that
+    begins with `start_epoch=e` sees what a run from 0 sees from its epoch e on. `skip(n)` goes to
+    the n-th batch of that epoch.
+
+    A batch holds images of one bucket. What is left in the buckets after a pass over the data makes
+    up batches too: as many as its images amount to, from buckets drawn by the seed, filled up by
+    repeating images of the same bucket. A batch that loses an image which cannot be decoded is
+    filled up the same way. Where images are left out (empty, undecodable), another pass in another
+    order fills the rest of the epoch.
+
+    Args:
+        dataset: the split to train on.
+        batch_size: images in a batch, of all replicas together.
+        shorter_edges: lengths to which an image's shorter edge is resized, in pixels; one is drawn
+            for each image.
+        longest_edge: limit of the longer edge, in pixels; the shorter one gives way to it.
+        horizontal_flip: mirror half of the images.
+        max_boxes: rows of boxes for an image; the largest are kept where there are more.
+        keep_empty_images: train on images without an object too.
+        shuffle_buffer: see `DetectionDataset.records`.
+        seed: seed of order, scale and flip.
+        start_epoch: the first epoch to give.
+        aspect_ratios: longer to shorter edge, one bucket in each orientation for each.
+        report: where skipped images and boxes are noted.
+
+    Returns:
+        Pairs of `{"images": float32 [batch, H, W, 3]` RGB 0..255, zero beyond the image's own area,
+        `"image_sizes": int32 [batch, 2]` height and width of that area`}` and `{"boxes": float32
+        [batch, max_boxes, 4]` xyxy in pixels of the padded image, `"labels": int32 [batch,
+        max_boxes]` padded with -1`}`. (H, W) is one of `bucket_shapes`.
+
+    Raises:
+        ValueError: a number is out of range, or no image of the split can be trained on.
+    """
+    _check_arguments(batch_size, shorter_edges, longest_edge, aspect_ratios, max_boxes)
+    steps = steps_per_epoch(dataset, batch_size)
+    if steps == 0:
+        raise ValueError(
+            f"batch_size is {batch_size}, split {dataset.split!r} of {dataset.name} has only "
+            f"{dataset.num_images} images; a batch must not be larger than the split."
+        )
+    buckets = bucket_shapes(max(shorter_edges), longest_edge, aspect_ratios)
+
+    def is_wanted(record: Record) -> tf.Tensor:
+        return tf.constant(True) if keep_empty_images else record["labels"][0] >= 0
+
+    def augment(key: tf.Tensor) -> Callable[[tf.Tensor, Record], Record]:
+        def prepare(position: tf.Tensor, record: Record) -> Record:
+            draws = tf.random.stateless_uniform([2], tf.random.fold_in(key, position))
+            choice = tf.cast(draws[0] * len(shorter_edges), tf.int32)
+            return _prepare_record(
+                record,
+                shorter_edge=tf.constant(list(shorter_edges))[choice],
+                longest_edge=longest_edge,
+                flip=draws[1] < 0.5 if horizontal_flip else tf.constant(False),
+                max_boxes=max_boxes,
+                buckets=buckets,
+                report=report,
+            )
+
+        return prepare
+
+    def one_pass(key: tf.Tensor) -> tf.data.Dataset:
+        """Groups of undecoded records of one pass, each of one bucket; the last ones not full."""
+        keys = tf.random.split(key, 3)
+        records = dataset.records(keys[0], shuffle_buffer).enumerate()
+        records = _map(records, augment(keys[1])).filter(_is_readable).filter(is_wanted)
+        # Groups that are not full come out in the order of their keys.
+        order = tf.random.experimental.stateless_shuffle(tf.range(len(buckets)), seed=keys[2])
+        return records.group_by_window(
+            lambda record: tf.cast(order[record["bucket"]], tf.int64),
+            lambda _, window: window.batch(batch_size),
+            window_size=batch_size,
+        )
+
+    def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+        key = tf.random.fold_in(tf.constant([seed, 0]), epoch)
+        groups = _count(lambda n: one_pass(tf.random.fold_in(key, n)))
+        groups = groups.scan(tf.constant(0, tf.int64), _give_batch_for_each(batch_size))
+        groups = groups.filter(lambda is_given, group: is_given).map(lambda _, group: group)
+        batches = _decode_groups(groups, batch_size, buckets, report)
+        return batches.map(lambda batch: _fill(batch, batch_size)).take(steps)
+
+    def to_model(batch: Record) -> tuple[Record, Record]:
+        inputs = {"images": batch["image"], "image_sizes": batch["target_size"]}
+        return inputs, {"boxes": batch["boxes"], "labels": batch["labels"]}
+
+    _check_any_image(dataset, augment(tf.constant([seed, 0])), is_wanted, buckets)
+    batches = _count(one_epoch, start_epoch).map(to_model)
+    batches = batches.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+    return _with_options(batches)
+
+
+def evaluation_batches(
+    dataset: DetectionDataset,
+    batch_size: int,
+    *,
+    shorter_edge: int = 800,
+    longest_edge: int = 1333,
+    max_boxes: int = 100,
+    aspect_ratios: Sequence[float] = (4 / 3, 5 / 3),
+    report: SkipReport | None = None,
+) -> tf.data.Dataset:
+    """One pass over a split: every image once, in the order of the split within its bucket.
+
+    Returns:
+        Pairs of `{"images", "image_sizes"}` as from `training_batches` and `{"image_ids": int64
+        [batch]`, `"original_sizes": int32 [batch, 2]` height and width before resizing, `"boxes"`,
+        `"labels"` as from `training_batches`, crowds and difficult objects left out`}`. The last
+        batch of a bucket may be smaller; images that cannot be decoded are left out and noted in
+        `report`.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    _check_arguments(batch_size, [shorter_edge], longest_edge, aspect_ratios, max_boxes)
+    return _one_pass_in_order(
+        dataset.records(), batch_size, shorter_edge, longest_edge, max_boxes, aspect_ratios, report
+    )
+
+
+def image_batches(
+    paths: Sequence[str],
+    batch_size: int,
+    *,
+    shorter_edge: int = 800,
+    longest_edge: int = 1333,
+    aspect_ratios: Sequence[float] = (4 / 3, 5 / 3),
+    report: SkipReport | None = None,
+) -> tf.data.Dataset:
+    """Image files as from `evaluation_batches`, without objects.
+
+    Returns:
+        As `evaluation_batches`; `image_ids` are positions in `paths`.
+
+    Raises:
+        FileNotFoundError: a path is not a file.
+        ValueError: a number is out of range.
+    """
+    _check_arguments(batch_size, [shorter_edge], longest_edge, aspect_ratios, 1)
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} images are not files, the first is {missing[0]}.")
+
+    def read(position: tf.Tensor, path: tf.Tensor) -> Record:
+        return {
+            "image_id": position,
+            "file_name": path,
+            "image_bytes": tf.io.read_file(path),
+            "size": tf.zeros([2], tf.int32),
+            "boxes": tf.zeros([0, 4]),
+            "labels": tf.zeros([0], tf.int32),
+            "is_crowd": tf.zeros([0], tf.bool),
+        }
+
+    files = tf.data.Dataset.from_tensor_slices([os.fspath(path) for path in paths]).enumerate()
+    return _one_pass_in_order(
+        _map(files, read), batch_size, shorter_edge, longest_edge, 1, aspect_ratios, report
+    )
+
+
+def _check_arguments(
+    batch_size: int,
+    shorter_edges: Sequence[int],
+    longest_edge: int,
+    aspect_ratios: Sequence[float],
+    max_boxes: int,
+) -> None:
+    for name, value in (
+        ("batch_size", batch_size),
+        ("longest_edge", longest_edge),
+        ("max_boxes", max_boxes),
+        ("the smallest shorter edge", min(shorter_edges, default=0)),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, it is {value}.")
+    if not aspect_ratios or min(aspect_ratios) < 1:
+        raise ValueError(
+            "aspect_ratios are longer edge / shorter edge, one or more numbers from 1 on; received "
+            f"{tuple(aspect_ratios)}."
+        )
+
+
+# === Records: everything that is known without decoding ===
+
+
+def _prepare_record(
+    record: Record,
+    *,
+    shorter_edge: tf.Tensor | int,
+    longest_edge: int,
+    flip: tf.Tensor,
+    max_boxes: int,
+    buckets: list[tuple[int, int]],
+    report: SkipReport | None,
+) -> Record:
+    """Decide size, bucket and boxes of an image from its header and annotations.
+
+    The resized size is `round(size * min(shorter_edge / min(size), longest_edge / max(size)))`.
+    An image that cannot be read gets `bucket` -1.
+    """
+    size, problem = read_image_size(record["image_bytes"])
+    annotated = record["size"]
+    is_mismatch = tf.equal(problem, "") & (annotated[0] > 0) & tf.reduce_any(annotated != size)
+    problem = tf.where(
+        is_mismatch,
+        tf.strings.format(
+            "is {}x{}, annotated as {}x{}", (size[1], size[0], annotated[1], annotated[0])
+        ),
+        problem,
+    )
+    is_readable = tf.equal(problem, "")
+    if report is not None:
+        report._note_image(record, problem)
+
+    edges = tf.cast(tf.maximum(size, 1), tf.float32)
+    scale = tf.minimum(
+        tf.cast(shorter_edge, tf.float32) / tf.reduce_min(edges),
+        longest_edge / tf.reduce_max(edges),
+    )
+    target_size = tf.maximum(tf.cast(tf.round(edges * scale), tf.int32), 1)
+    fits = tf.reduce_all(target_size <= tf.constant(buckets), axis=1)
+    boxes, labels, skipped = _usable_boxes(record, target_size, flip, max_boxes)
+    if report is not None:
+        report._note_boxes(record, tf.where(is_readable, skipped, 0))
+    return {
+        "image_id": record["image_id"],
+        "file_name": record["file_name"],
+        "image_bytes": record["image_bytes"],
+        "size": size,
+        "target_size": target_size,
+        "flip": flip,
+        "bucket": tf.where(is_readable, tf.argmax(fits, output_type=tf.int32), -1),
+        "boxes": boxes,
+        "labels": labels,
+    }
+
+
+def _usable_boxes(
+    record: Record, target_size: tf.Tensor, flip: tf.Tensor, max_boxes: int
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Boxes of the resized image in pixels, clipped, flipped and padded to `max_boxes` rows.
+
+    Returns:
+        `boxes`: float32 `[max_boxes, 4]`; `labels`: int32 `[max_boxes]`, -1 in padding rows;
+        `skipped`: int64, the number of boxes left out for each of `_BOX_PROBLEMS`.
+    """
+    is_object = ~record["is_crowd"]
+    boxes = tf.boolean_mask(record["boxes"], is_object)
+    labels = tf.boolean_mask(record["labels"], is_object)
+    is_finite = tf.reduce_all(tf.math.is_finite(boxes), axis=-1)
+    has_area = tf.reduce_all(boxes[:, 2:] > boxes[:, :2], axis=-1)
+    is_inside = tf.reduce_all((boxes[:, 2:] > 0) & (boxes[:, :2] < 1), axis=-1)
+
+    height, width = target_size[0], target_size[1]
+    boxes = tf.clip_by_value(boxes, 0.0, 1.0)
+    mirrored = tf.gather(boxes, [2, 1, 0, 3], axis=1) * [-1.0, 1.0, -1.0, 1.0] + [
+        1.0,
+        0.0,
+        1.0,
+        0.0,
+    ]
+    boxes = tf.where(flip, mirrored, boxes)
+    boxes *= tf.cast(tf.stack([width, height, width, height]), tf.float32)
+    # Rounding can take the last of a tiny box's area.
+    has_area &= tf.reduce_all(boxes[:, 2:] > boxes[:, :2], axis=-1) | ~is_inside
+    is_usable = is_finite & has_area & is_inside
+    boxes, labels = tf.boolean_mask(boxes, is_usable), tf.boolean_mask(labels, is_usable)
+
+    number = tf.shape(labels)[0]
+    areas = tf.reduce_prod(boxes[:, 2:] - boxes[:, :2], axis=-1)
+    largest = tf.sort(tf.math.top_k(areas, tf.minimum(number, max_boxes)).indices)
+    padding = max_boxes - tf.minimum(number, max_boxes)
+    skipped = [~is_finite, is_finite & ~has_area, is_finite & has_area & ~is_inside]
+    skipped = [tf.math.count_nonzero(mask) for mask in skipped]
+    return (
+        tf.ensure_shape(tf.pad(tf.gather(boxes, largest), [[0, padding], [0, 0]]), [max_boxes, 4]),
+        tf.ensure_shape(
+            tf.pad(tf.gather(labels, largest), [[0, padding]], constant_values=-1), [max_boxes]
+        ),
+        tf.stack([*skipped, tf.cast(tf.maximum(number - max_boxes, 0), tf.int64)]),
+    )
+
+
+def _is_readable(record: Record) -> tf.Tensor:
+    return record["bucket"] >= 0
+
+
+def _give_batch_for_each(batch_size: int) -> Callable:
+    """A `scan` function that lets a group pass whenever `batch_size` more images have gone by.
+
+    Every full group passes. Of those that are not full, in their drawn order, as many pass as
+    their images amount to, and the chance of each is in proportion to its size.
+    """
+
+    def give(images: tf.Tensor, group: Record) -> tuple[tf.Tensor, tuple[tf.Tensor, Record]]:
+        total = images + tf.shape(group["image_id"], out_type=tf.int64)[0]
+        return total, (total // batch_size > images // batch_size, group)
+
+    return give
+
+
+# === Pixels ===
+
+
+def _decode_groups(
+    groups: tf.data.Dataset,
+    batch_size: int,
+    buckets: list[tuple[int, int]],
+    report: SkipReport | None,
+) -> tf.data.Dataset:
+    """Decode, resize and pad each group to the shape of its bucket, without the undecodable."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+    def decode(group: Record) -> tf.data.Dataset:
+        height, width = tf.unstack(tf.constant(buckets, tf.int64)[group["bucket"][0]])
+        images = tf.data.Dataset.from_tensor_slices(group).map(
+            lambda record: _decode_record(record, report),
+            num_parallel_calls=min(batch_size, cores),
+            deterministic=True,
+        )
+        images = images.filter(lambda is_decoded, image: is_decoded).map(lambda _, image: image)
+        shapes = {key: spec.shape for key, spec in images.element_spec.items()}
+        # Pads and batches in one copy; a tf.pad would add a copy of every image.
+        return images.padded_batch(
+            batch_size, padded_shapes=shapes | {"image": tf.stack([height, width, 3])}
+        )
+
+    # Enough groups at a time to keep all cores at work, and the next one begun when one ends.
+    groups_at_a_time = math.ceil(cores / batch_size) + 1
+    return groups.interleave(
+        decode,
+        cycle_length=groups_at_a_time,
+        block_length=1,
+        num_parallel_calls=groups_at_a_time,
+        deterministic=True,
+    )
+
+
+def _decode_record(record: Record, report: SkipReport | None) -> tuple[tf.Tensor, Record]:
+    record = dict(record)
+    image = decode_image(record.pop("image_bytes"))
+    is_decoded = tf.reduce_all(tf.shape(image)[:2] == record["size"])
+    if report is not None:
+        report._note_image(record, tf.where(is_decoded, "", "truncated or damaged"))
+    flip = record.pop("flip")
+
+    def resize() -> tf.Tensor:
+        # Flipping before resizing moves fewer pixels; the result is the same, half-pixel centres
+        # being symmetric. Casting first makes the resize a third faster.
+        pixels = tf.cast(tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image), tf.float32)
+        return tf.image.resize(pixels, record["target_size"])
+
+    record["image"] = tf.cond(is_decoded, resize, lambda: tf.zeros([1, 1, 3]))
+    record["image"] = tf.ensure_shape(record["image"], [None, None, 3])
+    return is_decoded, record
+
+
+def _fill(batch: Record, batch_size: int) -> Record:
+    """Repeat the images of a batch that is too small until it has `batch_size`."""
+    number = tf.shape(batch["image_id"])[0]
+    rows = tf.range(batch_size) % number
+    batch = tf.cond(
+        number < batch_size,
+        lambda: {key: tf.gather(values, rows) for key, values in batch.items()},
+        lambda: batch,
+    )
+    return {
+        key: tf.ensure_shape(values, [batch_size, *values.shape[1:]])
+        for key, values in batch.items()
+    }
+
+
+# === Data sets ===
+
+
+def _one_pass_in_order(
+    records: tf.data.Dataset,
+    batch_size: int,
+    shorter_edge: int,
+    longest_edge: int,
+    max_boxes: int,
+    aspect_ratios: Sequence[float],
+    report: SkipReport | None,
+) -> tf.data.Dataset:
+    buckets = bucket_shapes(shorter_edge, longest_edge, aspect_ratios)
+
+    def prepare(record: Record) -> Record:
+        return _prepare_record(
+            record,
+            shorter_edge=shorter_edge,
+            longest_edge=longest_edge,
+            flip=tf.constant(False),
+            max_boxes=max_boxes,
+            buckets=buckets,
+            report=report,
+        )
+
+    def to_model(batch: Record) -> tuple[Record, Record]:
+        return {"images": batch["image"], "image_sizes": batch["target_size"]}, {
+            "image_ids": batch["image_id"],
+            "original_sizes": batch["size"],
+            "boxes": batch["boxes"],
+            "labels": batch["labels"],
+        }
+
+    groups = (
+        _map(records, prepare)
+        .filter(_is_readable)
+        .group_by_window(
+            lambda record: tf.cast(record["bucket"], tf.int64),
+            lambda _, window: window.batch(batch_size),
+            window_size=batch_size,
+        )
+    )
+    return _with_options(_decode_groups(groups, batch_size, buckets, report).map(to_model))
+
+
+def _check_any_image(
+    dataset: DetectionDataset,
+    prepare: Callable[[tf.Tensor, Record], Record],
+    is_wanted: Callable[[Record], tf.Tensor],
+    buckets: list[tuple[int, int]],
+) -> None:
+    """Raise where no image can be trained on: the endless data set would search for ever."""
+    records = _map(dataset.records().enumerate(), prepare).filter(_is_readable).filter(is_wanted)
+    for _ in _decode_groups(records.batch(1), 1, buckets, None).take(1):
+        return
+    raise ValueError(
+        f"No image of split {dataset.split!r} of {dataset.name} can be trained on: all "
+        f"{dataset.num_images} are without an object or cannot be decoded."
+    )
+
+
+def _count(function: Callable[[tf.Tensor], tf.data.Dataset], start: int = 0) -> tf.data.Dataset:
+    """`function(start)`, then `function(start + 1)`, and so on without end."""
+    return tf.data.Dataset.range(start, tf.int64.max).flat_map(function)
+
+
+def _map(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
+    return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    options = tf.data.Options()
+    options.deterministic = True
+    # The files are read inside functions, where TensorFlow cannot share them out among workers.
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    return dataset.with_options(options).prefetch(2)
