@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     replicas = strategy.num_replicas_in_sync
     report = SkipReport()
     with exits_on_bad_input():
+        output = claim_folder(options.output)
         if recipe.batch_size % replicas:
             raise ValueError(
                 f"--batch-size is a multiple of the {replicas} GPUs; received {recipe.batch_size}."
@@ -63,7 +64,6 @@ def main(arguments: list[str] | None = None) -> None:
         with strategy.scope():
             model = build_model(recipe, num_classes=len(train_data.class_names))
             model.compile(build_optimizer(recipe, steps), jit_compile=options.jit_compile)
-        output = claim_folder(options.output)
     (output / "checkpoints").mkdir()
     write_configuration(output, options, recipe, train_data)
     print(

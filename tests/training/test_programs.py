@@ -1,0 +1,162 @@
+"""train.py, evaluate.py and predict.py on a tiny folder in COCO's layout."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training import evaluate, predict, train
+from training.recipes import RECIPES, Recipe
+
+CLASSES = ["bolt", "nut"]
+CATEGORY_IDS = [3, 17]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six images with one rectangle each, and one file that is no image, in a training split."""
+    root = tmp_path_factory.mktemp("coco")
+    random = np.random.RandomState(0)
+    (root / "annotations").mkdir()
+    (root / "train").mkdir()
+    images, annotations = [], []
+    for i in range(7):
+        pixels = random.randint(0, 60, (48, 64, 3)).astype("uint8")
+        x, y = random.randint(0, 30), random.randint(0, 20)
+        pixels[y : y + 20, x : x + 24, i % 2] = 250
+        path = root / "train" / f"{i}.png"
+        Image.fromarray(pixels).save(path)
+        images.append({"id": 10 + i, "file_name": path.name, "width": 64, "height": 48})
+        annotations.append(
+            {
+                "id": i + 1,
+                "image_id": 10 + i,
+                "category_id": CATEGORY_IDS[i % 2],
+                "bbox": [int(x), int(y), 24, 20],
+                "area": 480,
+                "iscrowd": 0,
+            }
+        )
+    (root / "train" / "6.png").write_bytes(b"this is no image")
+    categories = [{"id": i, "name": n} for i, n in zip(CATEGORY_IDS, CLASSES, strict=True)]
+    (root / "annotations" / "instances_train.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    return root
+
+
+def train_arguments(folder, output):
+    return (
+        f"--dataset {folder} --train-split train --validation-split train --output {output} "
+        "--backbone resnet18 --pyramid-channels 8 --head-hidden-dim 8 --roi-samples 8 "
+        "--rpn-training-proposals 20 --shorter-edges 64 --evaluation-shorter-edge 64 "
+        "--longest-edge 64 --batch-size 2 --steps-per-epoch 3 --epochs 1 --verbose 0 "
+        "--no-jit-compile"
+    ).split()
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """The folder of a run of three steps."""
+    output = tmp_path_factory.mktemp("runs") / "first"
+    train.main(train_arguments(folder, output))
+    return output
+
+
+def test_a_run_leaves_configuration_checkpoints_logs_and_metrics(run, folder):
+    configuration = json.loads((run / "config.json").read_text())
+    assert configuration["dataset"] == str(folder)
+    assert configuration["class_names"] == CLASSES
+    assert configuration["category_ids"] == CATEGORY_IDS
+    assert configuration["recipe"]["pyramid_channels"] == 8
+    assert configuration["recipe"]["momentum"] == Recipe.momentum
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.keras", "last.keras"}
+    assert list((run / "logs").rglob("events.out.tfevents.*"))
+    header, *epochs = (run / "history.csv").read_text().splitlines()
+    assert {"loss", "rpn_box_loss", "val_AP"} <= set(header.split(","))
+    assert len(epochs) == 1
+    assert -1 <= json.loads((run / "metrics.json").read_text())["AP50"] <= 1
+
+
+def test_evaluate_repeats_the_metrics_of_the_run(run, tmp_path, capsys):
+    evaluate.main(["--model", str(run), "--results", str(tmp_path / "results.json")])
+    printed = capsys.readouterr().out
+    metrics = json.loads((run / "metrics.json").read_text())
+    lines = dict(line.rsplit(maxsplit=1) for line in printed.splitlines() if line.count(" ") > 3)
+    assert float(lines["AP50"]) == pytest.approx(metrics["AP50"], abs=1e-4)
+    assert "AP/bolt" in lines
+    # The broken image was skipped, counted and named.
+    assert "6.png" in printed
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {result["category_id"] for result in results} <= set(CATEGORY_IDS)
+    assert {result["image_id"] for result in results} <= set(range(10, 16))
+
+
+def test_predict_draws_pictures_and_writes_coco_results(run, folder, tmp_path):
+    images = [str(folder / "train" / "0.png"), str(folder / "train" / "1.png")]
+    output = tmp_path / "found"
+    predict.main(
+        [*images, "--model", str(run), "--output", str(output), "--score-threshold", "0.0"]
+    )
+    with Image.open(output / "0001_0.png") as picture:
+        assert picture.size == (64, 48)
+    results = json.loads((output / "detections.json").read_text())
+    for result in results:
+        assert set(result) == {"image_id", "category_id", "bbox", "score", "file_name"}
+        assert result["file_name"] == images[result["image_id"] - 1]
+        x, y, width, height = result["bbox"]
+        assert 0 <= x <= x + width <= 64.001
+        assert 0 <= y <= y + height <= 48.001
+
+
+def test_a_run_is_never_written_over(run, folder):
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(SystemExit, match="holds another run"):
+        train.main(train_arguments(folder, run))
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_bad_input_ends_in_one_sentence(run, folder, tmp_path):
+    with pytest.raises(SystemExit, match=r"There is no run's folder and no \.keras file"):
+        evaluate.main(["--model", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="has neither"):
+        evaluate.main(["--model", str(folder)])
+    with pytest.raises(SystemExit, match="There is no image file"):
+        predict.main(["gone.jpg", "--model", str(run), "--output", str(tmp_path / "x")])
+    with pytest.raises(SystemExit, match="sliver"):
+        train.main(f"--dataset {folder} --train-split sliver --output {tmp_path / 'y'}".split())
+
+
+def test_a_model_of_other_classes_is_refused(run, folder, tmp_path):
+    three = json.loads((folder / "annotations" / "instances_train.json").read_text())
+    three["categories"].append({"id": 40, "name": "washer"})
+    other = tmp_path / "three"
+    (other / "annotations").mkdir(parents=True)
+    (other / "train").symlink_to(folder / "train")
+    (other / "annotations" / "instances_train.json").write_text(json.dumps(three))
+    with pytest.raises(SystemExit, match=r"num_classes=2; the data set .* has 3 classes"):
+        evaluate.main(["--model", str(run), "--dataset", str(other), "--split", "train"])
+
+
+def test_options_change_the_recipe_they_start_from():
+    options, recipe = train.parse_arguments(
+        ["--dataset=x", "--output=y", "--recipe=demo", "--learning-rate=0.5", "--decay-epochs", "2"]
+    )
+    assert options.dataset == "x"
+    assert recipe.learning_rate == 0.5
+    assert recipe.decay_epochs == (2,)
+    assert recipe.backbone == RECIPES["demo"].backbone
+    _, plain = train.parse_arguments(["--dataset=x", "--output=y"])
+    assert plain == Recipe()
+
+
+def test_the_rate_follows_the_batch_by_the_linear_rule():
+    recipe = Recipe(batch_size=4, learning_rate=0.02, warmup_steps=100, decay_epochs=(1, 2))
+    schedule = train.build_optimizer(recipe, steps_per_epoch=1000).get_config()["learning_rate"]
+    assert schedule["config"] == {
+        "learning_rate": pytest.approx(0.005),
+        "warmup_steps": 400,
+        "decay_steps": (1000, 2000),
+        "decay_factor": 0.1,
+    }
