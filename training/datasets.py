@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+import training.demo_dataset  # noqa: F401 - makes keras_fpn_shapes known to TFDS
 from training.image_decoding import read_image_size
 
 # The ids that COCO's annotation files give to its 80 classes; TFDS numbers them 0..79.
@@ -409,9 +410,9 @@ class _TfdsDataset(DetectionDataset):
             },
             decoders={"image": tfds.decode.SkipDecoding()},
         )
-        example = decoding.extract_features(features).deserialize_example(
-            serialized, decoders=decoding.decoders
-        )
+        with _quiet_absl():
+            features = decoding.extract_features(features)
+        example = features.deserialize_example(serialized, decoders=decoding.decoders)
         objects = example["objects"]
         labels = tf.cast(objects["label"], tf.int32)
         no = tf.zeros_like(labels, tf.bool)
@@ -472,8 +473,6 @@ def _shuffle(dataset: tf.data.Dataset, buffer_size: int, seed: tf.Tensor) -> tf.
 
 
 def _load_tfds(name: str, split: str, data_dir: str | None, download: bool) -> DetectionDataset:
-    if name.split("/")[0] == "keras_fpn_shapes":
-        import training.demo_dataset  # noqa: F401 - registers the builder with TFDS
     if data_dir is not None and not tf.io.gfile.isdir(data_dir) and not download:
         if tf.io.gfile.exists(data_dir):
             raise NotADirectoryError(f"data_dir {data_dir!r} is a file; a folder is wanted.")
@@ -513,7 +512,7 @@ def _is_tfds_name(name: str) -> bool:
 
 @contextlib.contextmanager
 def _quiet_absl() -> Iterator[None]:
-    """Keep TFDS from warning of what is raised here as an error."""
+    """Keep TFDS from warning of its own internals and of what is raised here as an error."""
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)
     try:

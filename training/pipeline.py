@@ -207,7 +207,17 @@ def training_batches(
         groups = _count(lambda n: one_pass(tf.random.fold_in(key, n)))
         groups = groups.scan(tf.constant(0, tf.int64), _give_batch_for_each(batch_size))
         groups = groups.filter(lambda is_given, group: is_given).map(lambda _, group: group)
-        batches = _decode_groups(groups, batch_size, buckets, report)
+
+        def part(n: tf.Tensor) -> tf.data.Dataset:
+            """Part 0 is the epoch, part 1 what makes up for its groups that cannot be decoded.
+
+            Without the cut between them, decoding in parallel runs far into groups that the epoch
+            does not need.
+            """
+            some = groups.skip(n * steps).take(tf.where(n == 0, tf.constant(steps, tf.int64), -1))
+            return _decode_groups(some, batch_size, buckets, report)
+
+        batches = tf.data.Dataset.range(2).flat_map(part)
         return batches.map(lambda batch: _fill(batch, batch_size)).take(steps)
 
     def to_model(batch: Record) -> tuple[Record, Record]:

@@ -1,0 +1,204 @@
+"""A small detection data set of drawn shapes, made on the spot: `make demo` trains on it."""
+
+import io
+import math
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image, ImageDraw
+
+CLASS_NAMES = ("circle", "square", "triangle", "star")
+
+_SEED = 20170421
+_OVERSAMPLING = 4  # Shapes are drawn this much larger and averaged down: antialiasing.
+_MIN_VISIBLE = 0.7  # The share of a shape that later shapes leave visible.
+
+
+class KerasFpnShapes(tfds.core.GeneratorBasedBuilder):
+    """Drawn shapes, 12 to 150 pixels, on textured backgrounds, with features as COCO's."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012 - as TFDS declares it
+    NUM_IMAGES = {"train": 600, "validation": 100}  # noqa: RUF012
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self.dataset_info_from_configs(
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(encoding_format="jpeg"),
+                    "image/filename": tfds.features.Text(),
+                    "image/id": np.int64,
+                    "objects": tfds.features.Sequence(
+                        {
+                            "area": np.int64,
+                            "bbox": tfds.features.BBoxFeature(),
+                            "id": np.int64,
+                            "is_crowd": np.bool_,
+                            "label": tfds.features.ClassLabel(names=CLASS_NAMES),
+                        }
+                    ),
+                }
+            ),
+            homepage="https://arxiv.org/abs/1612.03144",
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        del dl_manager  # Nothing is downloaded.
+        return {split: self._generate_examples(split) for split in self.NUM_IMAGES}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number in range(self.NUM_IMAGES[split]):
+            # An order of its own for each image: the first ones stay when the number is changed.
+            random = np.random.default_rng([_SEED, zlib.crc32(split.encode()), number])
+            pixels, objects = draw_image(random)
+            height, width = pixels.shape[:2]
+            encoded = io.BytesIO()
+            Image.fromarray(pixels).save(encoded, "JPEG", quality=92)
+            encoded.seek(0)
+            yield (
+                number,
+                {
+                    "image": encoded,
+                    "image/filename": f"{split}_{number:05d}.jpg",
+                    "image/id": number,
+                    "objects": [
+                        {
+                            "area": area,
+                            "bbox": tfds.features.BBox(
+                                ymin=y1 / height, xmin=x1 / width, ymax=y2 / height, xmax=x2 / width
+                            ),
+                            "id": number * 100 + position,
+                            "is_crowd": False,
+                            "label": CLASS_NAMES[label],
+                        }
+                        for position, (label, (x1, y1, x2, y2), area) in enumerate(objects)
+                    ],
+                },
+            )
+
+
+def prepare(data_dir: str) -> None:
+    """Write the data set under `data_dir` where it is not there yet; some seconds, no network."""
+    tfds.disable_progress_bar()
+    KerasFpnShapes(data_dir=data_dir).download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
+
+
+def draw_image(
+    random: np.random.Generator,
+) -> tuple[np.ndarray, list[tuple[int, tuple[float, float, float, float], int]]]:
+    """Draw one picture.
+
+    Returns:
+        `pixels`: uint8 `[height, width, 3]`; `objects`: for each shape its label, its box (x1, y1,
+        x2, y2) in pixels, tight around what shows of it, and its visible area in pixels.
+    """
+    width, height = (int(edge) for edge in random.integers(224, 289, 2))
+    canvas = _background(random, height, width)
+    labels: list[int] = []
+    areas: list[float] = []
+    visible: list[np.ndarray] = []  # [height, width], the share of each pixel that shows the shape
+    wanted = int(random.integers(1, 7))
+    for _ in range(8 * wanted):
+        if len(labels) == wanted:
+            break
+        label = int(random.integers(len(CLASS_NAMES)))
+        window, cover = _shape(random, CLASS_NAMES[label], height, width)
+        hidden = [float((shape[window] * cover).sum()) for shape in visible]
+        if any(
+            shape.sum() - lost < _MIN_VISIBLE * area
+            for shape, lost, area in zip(visible, hidden, areas, strict=True)
+            if lost > 0
+        ):
+            continue
+        colour = _contrasting_colour(random, canvas[window], cover)
+        canvas[window] += (colour - canvas[window]) * cover[..., None]
+        for shape in visible:
+            shape[window] *= 1 - cover
+        shape = np.zeros((height, width), np.float32)
+        shape[window] = cover
+        visible.append(shape)
+        areas.append(float(cover.sum()))
+        labels.append(label)
+    objects = [
+        (label, _tight_box(shape), round(float(shape.sum())))
+        for label, shape in zip(labels, visible, strict=True)
+    ]
+    return np.clip(np.round(canvas), 0, 255).astype(np.uint8), objects
+
+
+def _shape(
+    random: np.random.Generator, name: str, height: int, width: int
+) -> tuple[tuple[slice, slice], np.ndarray]:
+    """Draw one shape in a random place, size and turn.
+
+    Returns:
+        `window`: rows and columns of the picture; `cover`: float32, the share that the shape has of
+        each pixel of the window.
+    """
+    # Uniform in the logarithm: small shapes are as frequent as large ones, an octave each.
+    radius = 0.5 * math.exp(random.uniform(math.log(12), math.log(150)))
+    centre_x = random.uniform(radius, width - radius)
+    centre_y = random.uniform(radius, height - radius)
+    angle = random.uniform(0, 2 * math.pi)
+    corners, radii = {
+        "circle": (90, [radius]),
+        "square": (4, [radius]),
+        "triangle": (3, [radius]),
+        "star": (10, [radius, 0.45 * radius]),
+    }[name]
+    if name == "square":
+        angle = math.pi / 4 + random.uniform(-0.2, 0.2)
+    left, top = math.floor(centre_x - radius), math.floor(centre_y - radius)
+    right = min(math.ceil(centre_x + radius) + 1, width)
+    bottom = min(math.ceil(centre_y + radius) + 1, height)
+    points = [
+        (
+            _OVERSAMPLING * (centre_x - left + radii[i % len(radii)] * math.cos(angle + turn)),
+            _OVERSAMPLING * (centre_y - top + radii[i % len(radii)] * math.sin(angle + turn)),
+        )
+        for i, turn in enumerate(np.arange(corners) * 2 * math.pi / corners)
+    ]
+    mask = Image.new("L", ((right - left) * _OVERSAMPLING, (bottom - top) * _OVERSAMPLING))
+    ImageDraw.Draw(mask).polygon(points, fill=255)
+    cover = np.asarray(mask.reduce(_OVERSAMPLING), np.float32) / 255
+    return (slice(top, bottom), slice(left, right)), cover
+
+
+def _background(random: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A gradient between two colours, stripes over it, and noise: float `[height, width, 3]`."""
+    first, second = random.uniform(30, 225, (2, 3))
+    y, x = np.mgrid[:height, :width]
+    direction = random.uniform(0, 2 * math.pi)
+    along = x / width * math.cos(direction) + y / height * math.sin(direction)
+    blend = (along - along.min()) / np.ptp(along)
+    if random.random() < 0.5:
+        period, turn = random.uniform(6, 40), random.uniform(0, math.pi)
+        stripes = np.sin(2 * math.pi / period * (x * math.cos(turn) + y * math.sin(turn)))
+        blend = blend + random.uniform(0.1, 0.4) * stripes
+    canvas = first + blend[..., None] * (second - first)
+    coarse = random.normal(0, random.uniform(2, 20), (height // 8 + 1, width // 8 + 1, 3))
+    canvas += np.repeat(np.repeat(coarse, 8, axis=0), 8, axis=1)[:height, :width]
+    canvas += random.normal(0, random.uniform(1, 12), (height, width, 1))
+    return np.clip(canvas, 0, 255)
+
+
+def _contrasting_colour(
+    random: np.random.Generator, canvas: np.ndarray, cover: np.ndarray
+) -> np.ndarray:
+    """A random colour that differs from what the shape covers."""
+    covered = np.average(canvas.reshape(-1, 3), axis=0, weights=cover.reshape(-1))
+    colours = random.uniform(0, 255, (16, 3))
+    far = np.abs(colours - covered).max(axis=1) > 80
+    return colours[np.argmax(far)]
+
+
+def _tight_box(cover: np.ndarray) -> tuple[float, float, float, float]:
+    """The box (x1, y1, x2, y2) of the pixels of which a shape has at least half."""
+    rows, columns = np.flatnonzero((cover >= 0.5).any(1)), np.flatnonzero((cover >= 0.5).any(0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
