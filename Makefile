@@ -10,14 +10,15 @@ BIN := .venv/bin
 	touch $@
 
 # The main job on an embedded data set: make it, train on it, evaluate, detect on unseen images.
+# Every demo has a folder of its own.
+demo: DEMO := demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 demo: .venv/ready
-	rm -rf demo
-	$(BIN)/python training/demo_dataset.py --data-dir demo/data --unseen-images demo/unseen
-	$(BIN)/python training/train.py --recipe demo --dataset keras_fpn_shapes --data-dir demo/data \
-		--output demo/run --verbose 2
-	$(BIN)/python training/evaluate.py --model demo/run --batch-size 8
-	$(BIN)/python training/predict.py demo/unseen/*.png --model demo/run --output demo/found
-	@echo "Look at the pictures in demo/found."
+	$(BIN)/python training/demo_dataset.py --data-dir $(DEMO)/data --unseen-images $(DEMO)/unseen
+	$(BIN)/python training/train.py --recipe demo --dataset keras_fpn_shapes \
+		--data-dir $(DEMO)/data --output $(DEMO)/run --verbose 2
+	$(BIN)/python training/evaluate.py --model $(DEMO)/run --batch-size 8
+	$(BIN)/python training/predict.py $(DEMO)/unseen/*.png --model $(DEMO)/run --output $(DEMO)/found
+	@echo "Look at the pictures in $(DEMO)/found."
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest
@@ -27,4 +28,4 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv

@@ -135,8 +135,10 @@ class FasterRCNN(keras.Model):
         """
         inputs = _with_image_sizes(inputs)
         image_sizes = ops.cast(inputs["image_sizes"], "int32")
-        labels = ops.cast(targets["labels"], "int32")
-        boxes = convert_boxes(targets["boxes"], self.bounding_box_format, "xyxy", image_sizes)
+        # One row of padding more, so that a batch without a single row has something to match with.
+        labels = ops.pad(ops.cast(targets["labels"], "int32"), [[0, 0], [0, 1]], constant_values=-1)
+        boxes = ops.pad(ops.cast(targets["boxes"], "float32"), [[0, 0], [0, 1], [0, 0]])
+        boxes = convert_boxes(boxes, self.bounding_box_format, "xyxy", image_sizes)
         is_object = real_objects(boxes, labels)
         boxes = ops.where(is_object[..., None], boxes, 0.0)
 

@@ -31,7 +31,8 @@ class PyramidRoIAlign(keras.layers.Layer):
         canonical_size: float = 224.0,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        # Features come in the compute dtype; coordinates must stay float32.
+        super().__init__(autocast=False, **kwargs)
         self.output_size = output_size
         self.sampling_ratio = sampling_ratio
         self.canonical_level = canonical_level
@@ -48,7 +49,7 @@ class PyramidRoIAlign(keras.layers.Layer):
             `[B, R, output_size, output_size, C]`.
         """
         levels = sorted(int(level[1:]) for level in features)
-        maps = [features[f"P{level}"] for level in levels]
+        maps = [ops.cast(features[f"P{level}"], self.compute_dtype) for level in levels]
         boxes = ops.stop_gradient(ops.cast(boxes, "float32"))
         batch, regions = ops.shape(boxes)[0], boxes.shape[1]
         channels = maps[0].shape[-1]

@@ -1,7 +1,10 @@
 """Weights from torchvision: names, layouts, and an all-or-nothing load."""
 
 import os
+import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 
 import keras
@@ -90,8 +93,11 @@ def _read(state_dict):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"No file of weights at {path!r}.")
         if path.endswith(".npz"):
-            with np.load(path, allow_pickle=False) as archive:
-                items = dict(archive)
+            try:
+                with np.load(path, allow_pickle=False) as archive:
+                    items = dict(archive)
+            except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise ValueError(f"{path!r} is no whole .npz file of arrays.") from error
         elif path.endswith((".pth", ".pt")):
             try:
                 import torch
@@ -99,7 +105,10 @@ def _read(state_dict):
                 raise ImportError(
                     f"Reading {path!r} needs PyTorch; install it, or give an .npz file."
                 ) from error
-            items = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                items = torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise ValueError(f"{path!r} is no whole PyTorch file of tensors.") from error
         else:
             raise ValueError(f"A file of weights ends in .npz, .pth or .pt; received {path!r}.")
     arrays = {

@@ -60,9 +60,7 @@ def test_a_chain_of_suppressions_is_followed_to_its_end():
     boxes = np.stack([left, left * 0, left + 10, left * 0 + 10], -1)[None]
     scores = np.linspace(1, 0.1, 50, dtype="float32")[None]
     kept = non_max_suppression(boxes, scores, np.zeros((1, 50)), 0.4, 50, tile_size=16)
-    np.testing.assert_array_equal(
-        ops.convert_to_numpy(kept)[0], [*range(0, 50, 2), *[-1] * 25]
-    )
+    np.testing.assert_array_equal(ops.convert_to_numpy(kept)[0], [*range(0, 50, 2), *[-1] * 25])
 
 
 def test_equal_scores_keep_the_lower_index():
@@ -80,5 +78,7 @@ def test_groups_do_not_compete_and_one_row_of_groups_serves_all_images():
 
 def test_a_nan_score_is_no_candidate():
     boxes = np.array([[[0, 0, 4, 4], [8, 8, 12, 12]]], "float32")
-    kept = non_max_suppression(boxes, np.array([[np.nan, 0.2]], "float32"), np.zeros((1, 2)), 0.5, 2)
+    kept = non_max_suppression(
+        boxes, np.array([[np.nan, 0.2]], "float32"), np.zeros((1, 2)), 0.5, 2
+    )
     np.testing.assert_array_equal(ops.convert_to_numpy(kept), [[1, -1]])

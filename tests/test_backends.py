@@ -1,0 +1,44 @@
+"""The stages give the reference's results on the other backends too.
+
+A backend is chosen before Keras is imported: the tests of the stages run again in a process of
+their own.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+TESTS = Path(__file__).parent
+STAGES = ("boxes", "nms", "proposals", "roi_pooling", "detections", "matcher", "losses")
+# JAX compiles each operation for each shape: of cases that differ in shapes alone a few are run.
+SELECTION = {
+    "jax": "padded_batch or not (test_reference or every_format or loops_at_other"
+    " or format_of_the_caller or mixed or numbers_of_their_own)",
+    "torch": "not TestGradients",
+}
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="started from the TensorFlow backend only"
+)
+@pytest.mark.parametrize("backend", SELECTION)
+def test_stages_and_detections_equal_the_reference(backend):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    files = [TESTS / f"test_{name}.py" for name in ("reference", *STAGES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", SELECTION[backend], *map(str, files)]
+    environment = os.environ | {"KERAS_BACKEND": backend}
+    # Compiling is what takes the time, and nothing runs twice.
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    run = subprocess.run(
+        command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    output = run.stdout + run.stderr
+    assert run.returncode == 0, output
+    assert re.search(r"[1-9]\d* passed", output), output

@@ -1,0 +1,104 @@
+import keras
+import numpy as np
+import pytest
+from keras.ops import convert_to_numpy
+
+from keras_fpn.pyramid import FeaturePyramid
+
+
+def identity_pyramid(features):
+    """A pyramid whose every convolution hands its input on."""
+    channels = next(iter(features.values())).shape[-1]
+    layer = FeaturePyramid(channels)
+    layer.build({level: x.shape for level, x in features.items()})
+    for level in features:
+        layer.laterals[level].kernel.assign(np.eye(channels)[None, None])
+        kernel = np.zeros((3, 3, channels, channels))
+        kernel[1, 1] = np.eye(channels)
+        layer.outputs[level].kernel.assign(kernel)
+    return layer
+
+
+def nearest(x, height, width):
+    rows = [i * x.shape[1] // height for i in range(height)]
+    columns = [j * x.shape[2] // width for j in range(width)]
+    return x[:, rows][:, :, columns]
+
+
+def random_features(sizes):
+    random = np.random.RandomState(0)
+    return {
+        level: random.randint(-8, 9, (2, *size, 3)).astype("float32")
+        for level, size in sizes.items()
+    }
+
+
+SIZES = {
+    "doubling": {"C2": (16, 24), "C3": (8, 12), "C4": (4, 6), "C5": (2, 3)},
+    "odd": {"C2": (13, 18), "C3": (7, 9), "C4": (4, 5), "C5": (2, 3)},
+    "one pixel at the top": {"C2": (5, 8), "C3": (3, 4), "C4": (2, 2), "C5": (1, 1)},
+    "of unpadded convolutions": {"C2": (15, 23), "C3": (7, 10), "C4": (3, 5), "C5": (1, 2)},
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_level_is_the_sum_of_all_above_it_upsampled_to_its_own_size(name):
+    features = random_features(SIZES[name])
+    expected = {"P5": features["C5"]}
+    for level in (4, 3, 2):
+        lateral = features[f"C{level}"]
+        expected[f"P{level}"] = lateral + nearest(expected[f"P{level + 1}"], *lateral.shape[1:3])
+    expected["P6"] = features["C5"][:, ::2, ::2]
+    layer = identity_pyramid(features)
+    pyramid = layer(features)
+    assert list(pyramid) == ["P2", "P3", "P4", "P5", "P6"]
+    for level, x in pyramid.items():
+        np.testing.assert_array_equal(convert_to_numpy(x), expected[level], err_msg=level)
+    shapes = layer.compute_output_shape({level: x.shape for level, x in features.items()})
+    assert shapes == {level: x.shape for level, x in expected.items()}
+
+
+def test_any_run_of_levels():
+    features = random_features({"C3": (4, 4), "C4": (2, 2)})
+    pyramid = identity_pyramid(features)(features)
+    assert list(pyramid) == ["P3", "P4", "P5"]
+    np.testing.assert_array_equal(convert_to_numpy(pyramid["P5"]), features["C4"][:, ::2, ::2])
+
+
+def test_there_is_no_non_linearity():
+    features = random_features(SIZES["doubling"])
+    layer = FeaturePyramid(4)
+    positive = layer(features)
+    negative = layer({level: -x for level, x in features.items()})
+    for level, x in positive.items():
+        np.testing.assert_allclose(
+            convert_to_numpy(x), -convert_to_numpy(negative[level]), atol=1e-5
+        )
+
+
+def test_an_output_convolution_sees_3x3_and_a_lateral_one_pixel():
+    features = {level: np.zeros_like(x) for level, x in random_features(SIZES["doubling"]).items()}
+    features["C2"][0, 8, 12] = 1
+    touched = np.argwhere(convert_to_numpy(FeaturePyramid(4)(features)["P2"])[0].any(-1))
+    np.testing.assert_array_equal(touched.min(0), [7, 11])
+    np.testing.assert_array_equal(touched.max(0), [9, 13])
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="sizes known at run time only are TensorFlow's"
+)
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_that_are_known_at_run_time_only(name):
+    import tensorflow as tf
+
+    features = random_features(SIZES[name])
+    layer = identity_pyramid(features)
+    signature = {level: tf.TensorSpec((None, None, None, 3)) for level in features}
+    traced = tf.function(layer, input_signature=[signature])(features)
+    for level, x in layer(features).items():
+        np.testing.assert_array_equal(traced[level], x)
+
+
+def test_unknown_channels_are_refused():
+    with pytest.raises(ValueError, match="channels of C2 must be known; received shape"):
+        FeaturePyramid(4).build({"C2": (None, 8, 8, None)})
