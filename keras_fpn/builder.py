@@ -1,10 +1,12 @@
 """One function from numbers to a detector."""
 
 import math
+import numbers
 import os
 from collections.abc import Sequence
 
 import keras
+import numpy as np
 
 from keras_fpn.anchors import AnchorGenerator
 from keras_fpn.backbones import resolve_backbone
@@ -76,7 +78,8 @@ def build_fpn_faster_rcnn(
         num_classes: without the background.
         backbone: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152"; or a
             `keras.Model` with outputs C2..C5; or a keras-hub, keras-cv or keras.applications
-            model (see `keras_fpn.backbones.resolve_backbone`).
+            model (see `keras_fpn.backbones.resolve_backbone`). One that rescales pixels itself
+            wants `pixel_mean=(0, 0, 0)` and `pixel_std=(1, 1, 1)`.
         backbone_weights: file of weights for a backbone given by name: a torchvision ResNet state
             dict (`.npz`, `.pth`). None starts from random weights.
         image_shape: height, width (None for any) and 3.
@@ -159,11 +162,26 @@ def build_fpn_faster_rcnn(
         roi_positive_iou=roi_positive_iou,
         roi_positive_fraction=roi_positive_fraction,
     )
-    if len(image_shape) != 3 or image_shape[-1] != 3:
+    if rpn_negative_iou > rpn_positive_iou:
+        raise ValueError(
+            f"`rpn_negative_iou` is at most `rpn_positive_iou`; received {rpn_negative_iou} over "
+            f"{rpn_positive_iou}."
+        )
+    if smooth_l1_beta < 0:
+        raise ValueError(f"`smooth_l1_beta` is 0 or more; received {smooth_l1_beta}.")
+    if min(*anchor_sizes, *anchor_ratios) <= 0:
+        raise ValueError(
+            "`anchor_sizes` and `anchor_ratios` are over 0; received "
+            f"{tuple(anchor_sizes)} and {tuple(anchor_ratios)}."
+        )
+    if np.shape(image_shape) != (3,) or image_shape[-1] != 3:
         raise ValueError(
             "`image_shape` is (height, width, 3), height and width None for any; received "
-            f"{tuple(image_shape)}."
+            f"{image_shape!r}."
         )
+    padded_shape = [
+        None if size is None else size + -size % size_divisor for size in image_shape[:2]
+    ]
     bottom_up = resolve_backbone(
         backbone,
         normalization=normalization,
@@ -171,7 +189,7 @@ def build_fpn_faster_rcnn(
         pretrained=backbone_weights is not None,
         stride_in_1x1=stride_in_1x1,
         norm_epsilon=norm_epsilon,
-        image_shape=(None, None, 3),
+        image_shape=(*padded_shape, 3),
     )
     if backbone_weights is not None:
         load_backbone_weights(bottom_up, backbone_weights)
@@ -247,11 +265,11 @@ def build_fpn_faster_rcnn(
 
 def _check_positive_integers(**values):
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`{name}` is a whole number of at least 1; received {value!r}.")
 
 
 def _check_fractions(**values):
     for name, value in values.items():
-        if not 0 <= value <= 1:
+        if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
             raise ValueError(f"`{name}` is within 0..1; received {value!r}.")

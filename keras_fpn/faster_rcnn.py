@@ -9,7 +9,7 @@ from keras_fpn.boxes import convert_boxes
 from keras_fpn.losses import box_loss, classification_loss, objectness_loss
 from keras_fpn.matcher import real_objects
 from keras_fpn.ranking import take_rows
-from keras_fpn.validation import check_images, check_training_arguments
+from keras_fpn.validation import check_images, check_target_structure, check_training_data
 
 LOSS_NAMES = ("objectness_loss", "rpn_box_loss", "class_loss", "box_loss")
 
@@ -113,10 +113,10 @@ class FasterRCNN(keras.Model):
         return [self.total_loss_tracker, *self.loss_trackers]
 
     def call(self, inputs, training=None, mask=None):
-        return super().call(_with_image_sizes(inputs), training=training)
+        return super().call(self._with_image_sizes(inputs), training=training)
 
     def compute_output_spec(self, inputs, training=None, mask=None):
-        images, _ = check_images(inputs)
+        images, _ = check_images(inputs, self.image_shape)
         image_sizes = keras.KerasTensor((images.shape[0], 2), "int32")
         return super().compute_output_spec({"images": images, "image_sizes": image_sizes})
 
@@ -133,8 +133,9 @@ class FasterRCNN(keras.Model):
             Name in `LOSS_NAMES` to a scalar. Each is a sum over this batch's samples, divided by
             the number of samples of all replicas together: gradients of replicas are to be summed.
         """
-        inputs = _with_image_sizes(inputs)
-        image_sizes = ops.cast(inputs["image_sizes"], "int32")
+        check_target_structure(targets)
+        inputs = self._with_image_sizes(inputs)
+        image_sizes = inputs["image_sizes"]
         # One row of padding more, so that a batch without a single row has something to match with.
         labels = ops.pad(ops.cast(targets["labels"], "int32"), [[0, 0], [0, 1]], constant_values=-1)
         boxes = ops.pad(ops.cast(targets["boxes"], "float32"), [[0, 0], [0, 1], [0, 0]])
@@ -151,12 +152,12 @@ class FasterRCNN(keras.Model):
         )
 
         all_anchors = ops.concatenate([anchors[level] for level in objectness], axis=0)
-        rpn = self.rpn_targets(all_anchors, boxes, is_object)
+        rpn = self.rpn_targets(all_anchors, boxes, is_object, training=training)
         logits = take_rows(_all_levels(objectness, 1)[..., 0], rpn["indices"])
         deltas = take_rows(_all_levels(deltas, 4), rpn["indices"])
         num_anchors = _count_over_replicas(rpn["sampled"])
 
-        roi = self.roi_targets(proposals, scores, boxes, labels, is_object)
+        roi = self.roi_targets(proposals, scores, boxes, labels, is_object, training=training)
         pooled = self.roi_pooling(_without_coarsest(pyramid), roi["regions"])
         class_logits, class_deltas = self.box_head(pooled, training=training)
         class_logits = ops.cast(class_logits, "float32")
@@ -178,18 +179,38 @@ class FasterRCNN(keras.Model):
         )
         return dict(zip(LOSS_NAMES, losses, strict=True))
 
-    def fit(self, x=None, y=None, **kwargs):
-        """Trains as `keras.Model.fit` does; data in memory is checked first.
+    def fit(self, x=None, y=None, *args, validation_data=None, **kwargs):
+        """Trains as `keras.Model.fit` does, after a look at the data.
 
         Raises:
-            ValueError: for targets in memory that cannot be right (see `check_targets`), or where
-                the model was compiled with a loss.
+            ValueError: for data that cannot be right (see `keras_fpn.validation`), sample weights,
+                or where the model was compiled with a loss.
             NotImplementedError: on another backend than TensorFlow.
         """
-        check_training_arguments(self, x, y)
-        return super().fit(x, y, **kwargs)
+        _require_tensorflow()
+        if self.loss is not None:
+            raise ValueError(
+                "FasterRCNN computes its own four losses; compile it without `loss` "
+                f"(received loss={self.loss!r})."
+            )
+        for argument in ("sample_weight", "class_weight"):
+            if kwargs.get(argument) is not None:
+                raise ValueError(f"The losses take no weights; received `{argument}`.")
+        check_training_data(self, x, y)
+        if isinstance(validation_data, tuple):
+            check_training_data(self, *validation_data)
+        elif validation_data is not None:
+            check_training_data(self, validation_data, None)
+        return super().fit(x, y, *args, validation_data=validation_data, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        """Detects as `keras.Model.predict` does; images in memory are checked first."""
+        if isinstance(x, dict) or hasattr(x, "__array__"):
+            check_images(x, self.image_shape)
+        return super().predict(x, *args, **kwargs)
 
     def train_step(self, data):
+        _require_tensorflow()
         import tensorflow as tf
 
         inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
@@ -202,6 +223,7 @@ class FasterRCNN(keras.Model):
         return self._update_loss_trackers(inputs, losses, total)
 
     def test_step(self, data):
+        _require_tensorflow()
         inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
         losses = self.compute_losses(inputs, targets, training=False)
         total = sum(losses.values()) + _share_of_replica(sum(self.losses))
@@ -215,6 +237,17 @@ class FasterRCNN(keras.Model):
             # A replica's loss is its part of a sum; the trackers average over replicas.
             tracker.update_state(value * _num_replicas(), sample_weight=batch_size)
         return {tracker.name: tracker.result() for tracker in self.metrics}
+
+    def _with_image_sizes(self, inputs):
+        """Checked `{"images", "image_sizes"}`; a plain batch of images fills its whole area."""
+        images, image_sizes = check_images(inputs, self.image_shape)
+        shape = ops.shape(images)
+        whole = ops.cast(ops.stack([shape[1], shape[2]]), "int32")
+        if image_sizes is None:
+            image_sizes = ops.broadcast_to(whole, (shape[0], 2))
+        # No image is larger than its batch, so nothing is found outside of it.
+        image_sizes = ops.clip(ops.cast(image_sizes, "int32"), 1, whole)
+        return {"images": images, "image_sizes": image_sizes}
 
     def get_config(self):
         stages = (
@@ -252,14 +285,12 @@ class FasterRCNN(keras.Model):
         return cls(**config)
 
 
-def _with_image_sizes(inputs):
-    """Checked `{"images", "image_sizes"}`; a plain batch of images fills its whole area."""
-    images, image_sizes = check_images(inputs)
-    if image_sizes is None:
-        shape = ops.shape(images)
-        size = ops.cast(ops.stack([shape[1], shape[2]]), "int32")
-        image_sizes = ops.broadcast_to(size, (shape[0], 2))
-    return {"images": images, "image_sizes": image_sizes}
+def _require_tensorflow():
+    if keras.backend.backend() != "tensorflow":
+        raise NotImplementedError(
+            "fit() and evaluate() need the TensorFlow backend; this is the "
+            f"{keras.backend.backend()} backend, which can call and predict."
+        )
 
 
 def _without_coarsest(pyramid):

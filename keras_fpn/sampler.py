@@ -11,7 +11,7 @@ def draw_samples(
     is_negative,
     num_samples: int,
     positive_fraction: float,
-    seed: keras.random.SeedGenerator,
+    seed: keras.random.SeedGenerator | int,
 ) -> tuple:
     """Draws candidates at random, of which at most a share is positive.
 
@@ -23,7 +23,7 @@ def draw_samples(
         is_negative: `[B, N]` bool; a candidate that is neither is never drawn.
         num_samples: candidates an image.
         positive_fraction: the largest share of positives.
-        seed: generator of the draws.
+        seed: generator of the draws, or a number for the same draws each time.
 
     Returns:
         `(indices, positive, sampled)`, each `[B, num_samples]`: indices into N, positives first;

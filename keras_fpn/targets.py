@@ -11,8 +11,36 @@ from keras_fpn.ranking import take_rows
 from keras_fpn.sampler import draw_samples
 
 
+class _SamplingLayer(keras.layers.Layer):
+    """A layer whose random draws go on where they were when its model is saved and loaded."""
+
+    def __init__(self, num_samples, positive_fraction, seed, **kwargs):
+        kwargs.setdefault("dtype", "float32")
+        super().__init__(**kwargs)
+        self.num_samples = num_samples
+        self.positive_fraction = positive_fraction
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store["seed_generator_state"] = ops.convert_to_numpy(self.seed_generator.state)
+
+    def load_own_variables(self, store):
+        self.seed_generator.state.assign(store["seed_generator_state"])
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            num_samples=self.num_samples,
+            positive_fraction=self.positive_fraction,
+            seed=self.seed,
+        )
+        return config
+
+
 @keras.saving.register_keras_serializable("keras_fpn")
-class RPNTargets(keras.layers.Layer):
+class RPNTargets(_SamplingLayer):
     """Samples anchors and gives what the RPN is to say about them (FPN, section 4.1).
 
     Args:
@@ -35,23 +63,19 @@ class RPNTargets(keras.layers.Layer):
         seed: int | None = None,
         **kwargs,
     ):
-        kwargs.setdefault("dtype", "float32")
-        super().__init__(**kwargs)
+        super().__init__(num_samples, positive_fraction, seed, **kwargs)
         self.positive_iou = positive_iou
         self.negative_iou = negative_iou
         self.delta_weights = tuple(delta_weights)
-        self.num_samples = num_samples
-        self.positive_fraction = positive_fraction
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
 
-    def call(self, anchors, boxes, is_object) -> dict:
+    def call(self, anchors, boxes, is_object, training=True) -> dict:
         """Targets of sampled anchors.
 
         Args:
             anchors: `[N, 4]` of all levels, xyxy pixels.
             boxes: `[B, G, 4]` ground truth; zeros where `is_object` is false.
             is_object: `[B, G]` bool.
+            training: whether to draw anew each time; validation draws the same each time.
 
         Returns:
             `{"indices": [B, S], "positive": [B, S], "sampled": [B, S], "deltas": [B, S, 4]}`:
@@ -70,7 +94,7 @@ class RPNTargets(keras.layers.Layer):
             is_negative,
             self.num_samples,
             self.positive_fraction,
-            self.seed_generator,
+            self.seed_generator if training else 0,
         )
         sampled_boxes = take_rows(boxes, take_rows(matched, indices))
         sampled_anchors = ops.take(anchors, indices, axis=0)
@@ -86,16 +110,13 @@ class RPNTargets(keras.layers.Layer):
         config.update(
             positive_iou=self.positive_iou,
             negative_iou=self.negative_iou,
-            num_samples=self.num_samples,
-            positive_fraction=self.positive_fraction,
             delta_weights=self.delta_weights,
-            seed=self.seed,
         )
         return config
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
-class RoITargets(keras.layers.Layer):
+class RoITargets(_SamplingLayer):
     """Samples regions for the box head and says what they are (Fast R-CNN, section 2.3).
 
     The ground truth is added to the proposals, so that there are positives from the first step on.
@@ -118,16 +139,11 @@ class RoITargets(keras.layers.Layer):
         seed: int | None = None,
         **kwargs,
     ):
-        kwargs.setdefault("dtype", "float32")
-        super().__init__(**kwargs)
+        super().__init__(num_samples, positive_fraction, seed, **kwargs)
         self.positive_iou = positive_iou
         self.delta_weights = tuple(delta_weights)
-        self.num_samples = num_samples
-        self.positive_fraction = positive_fraction
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
 
-    def call(self, proposals, scores, boxes, labels, is_object) -> dict:
+    def call(self, proposals, scores, boxes, labels, is_object, training=True) -> dict:
         """Targets of sampled regions.
 
         Args:
@@ -136,6 +152,7 @@ class RoITargets(keras.layers.Layer):
             boxes: `[B, G, 4]` ground truth; zeros where `is_object` is false.
             labels: `[B, G]` int32.
             is_object: `[B, G]` bool.
+            training: whether to draw anew each time; validation draws the same each time.
 
         Returns:
             `{"regions": [B, S, 4], "labels": [B, S], "positive": [B, S], "sampled": [B, S],
@@ -156,7 +173,7 @@ class RoITargets(keras.layers.Layer):
             ops.logical_and(is_negative, present),
             self.num_samples,
             self.positive_fraction,
-            self.seed_generator,
+            self.seed_generator if training else 0,
         )
         regions = take_rows(regions, indices)
         objects = take_rows(matched, indices)
@@ -172,9 +189,6 @@ class RoITargets(keras.layers.Layer):
         config = super().get_config()
         config.update(
             positive_iou=self.positive_iou,
-            num_samples=self.num_samples,
-            positive_fraction=self.positive_fraction,
             delta_weights=self.delta_weights,
-            seed=self.seed,
         )
         return config

@@ -6,19 +6,23 @@ import numpy as np
 from keras_fpn.boxes import convert_boxes
 
 
-def check_images(inputs) -> tuple:
+def check_images(inputs, image_shape=(None, None, 3)) -> tuple:
     """Splits a model input into images and their sizes, either of which may be symbolic.
 
     Args:
         inputs: `[B, H, W, 3]`, or `{"images": [B, H, W, 3], "image_sizes": [B, 2]}`.
+        image_shape: height and width that the images must have, None for any, and 3.
 
     Returns:
         `(images, image_sizes)`; sizes are None where none are given.
 
     Raises:
-        ValueError: for another structure, rank or number of channels.
+        ValueError: for another structure, rank, size or number of channels, and for sizes in memory
+            that are not within their batch.
         TypeError: for images that are not numbers.
     """
+    if inputs is None:
+        raise ValueError("Images are wanted, [batch, height, width, 3]; received None.")
     image_sizes = None
     images = inputs
     if isinstance(inputs, dict):
@@ -29,7 +33,9 @@ def check_images(inputs) -> tuple:
             )
         images, image_sizes = inputs["images"], inputs.get("image_sizes")
     if not hasattr(images, "shape"):
-        images = keras.ops.convert_to_tensor(images)
+        images = np.asarray(images)
+    if isinstance(images, np.ndarray) and images.dtype.kind not in "fiu":
+        raise TypeError(f"Images are numbers in 0..255; received dtype {images.dtype}.")
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[-1] not in (3, None):
         hint = " (add a batch dimension: images[None])" if len(shape) == 3 else ""
@@ -37,6 +43,12 @@ def check_images(inputs) -> tuple:
             "Images are a batch [batch, height, width, 3] of RGB pixels; received shape "
             f"{shape}{hint}."
         )
+    for received, wanted in zip(shape[1:3], image_shape[:2], strict=True):
+        if None not in (received, wanted) and received != wanted:
+            raise ValueError(
+                f"The model was built for images of shape {tuple(image_shape)}; received a batch "
+                f"of shape {shape}."
+            )
     if 0 in shape[1:3]:
         raise ValueError(f"Images need at least one pixel; received shape {shape}.")
     dtype = keras.backend.standardize_dtype(images.dtype)
@@ -44,7 +56,7 @@ def check_images(inputs) -> tuple:
         raise TypeError(f"Images are numbers in 0..255; received dtype {dtype}.")
     if image_sizes is not None:
         if not hasattr(image_sizes, "shape"):
-            image_sizes = keras.ops.convert_to_tensor(image_sizes)
+            image_sizes = np.asarray(image_sizes)
         sizes_shape = tuple(image_sizes.shape)
         if len(sizes_shape) != 2 or sizes_shape[-1] != 2:
             raise ValueError(
@@ -56,43 +68,89 @@ def check_images(inputs) -> tuple:
                 f"Received {shape[0]} images and 'image_sizes' of {sizes_shape[0]}; "
                 "one row for each image is wanted."
             )
+        if isinstance(image_sizes, np.ndarray) and None not in shape[1:3]:
+            wrong = ~((image_sizes >= 1) & (image_sizes <= shape[1:3])).all(axis=-1)
+            if wrong.any():
+                row = int(np.argmax(wrong))
+                raise ValueError(
+                    "'image_sizes' holds (height, width) within the batch's "
+                    f"{shape[1:3]}; received {image_sizes[row].tolist()} for image {row}."
+                )
     return images, image_sizes
 
 
-def check_training_arguments(model, x, y) -> None:
-    """Checks what `FasterRCNN.fit` can check before the first step.
+def check_training_data(model, x, y) -> None:
+    """Checks what training or validation is to run on, as far as it can be seen beforehand.
+
+    Data in memory is checked whole. Of a `tf.data.Dataset` the structure and the first batch are
+    checked, and boxes without an area are let through: training leaves them out.
 
     Raises:
-        NotImplementedError: on another backend than TensorFlow.
-        ValueError: for a model compiled with a loss, or targets that `check_targets` refuses.
+        ValueError: for another structure, and for targets that `check_targets` refuses.
     """
-    if keras.backend.backend() != "tensorflow":
-        raise NotImplementedError(
-            "fit() needs the TensorFlow backend; this is the "
-            f"{keras.backend.backend()} backend, which can call and predict."
-        )
-    if getattr(model, "loss", None) is not None:
-        raise ValueError(
-            "FasterRCNN computes its own four losses; compile it without `loss` "
-            f"(received loss={model.loss!r})."
-        )
-    if isinstance(y, dict) and all(hasattr(value, "__array__") for value in y.values()):
-        images, image_sizes = check_images(x)
-        check_targets(
-            y,
-            image_shape=images.shape,
-            image_sizes=None if image_sizes is None else np.asarray(image_sizes),
-            num_classes=model.num_classes,
-            bounding_box_format=model.bounding_box_format,
-        )
-    elif y is not None and not isinstance(y, dict):
-        raise ValueError(
-            "Targets are {'boxes': [batch, objects, 4], 'labels': [batch, objects]}; received "
-            f"{type(y).__name__}."
-        )
+    if y is None and hasattr(x, "element_spec"):
+        structure = x.element_spec
+        if not isinstance(structure, tuple) or len(structure) != 2:
+            raise ValueError(
+                "A data set to train on yields pairs (images, {'boxes', 'labels'}); received "
+                f"elements {_described(structure)}."
+            )
+        check_target_structure(structure[1])
+        check_images(structure[0], model.image_shape)
+        if type(x).__module__.startswith("tensorflow.python.distribute"):
+            return
+        for images, targets in x.take(1):
+            targets = {name: np.asarray(value) for name, value in targets.items()}
+            _check_batch(model, images, targets, refuse_degenerate=False)
+    elif isinstance(x, dict) or hasattr(x, "__array__") or isinstance(x, list):
+        check_target_structure(y)
+        targets = {name: np.asarray(value) for name, value in y.items()}
+        _check_batch(model, x, targets, refuse_degenerate=True)
 
 
-def check_targets(targets, image_shape, image_sizes, num_classes, bounding_box_format) -> None:
+def _described(structure):
+    return keras.tree.map_structure(lambda x: tuple(x.shape), structure)
+
+
+def _check_batch(model, x, y, refuse_degenerate):
+    images, image_sizes = check_images(x, model.image_shape)
+    check_targets(
+        y,
+        image_shape=images.shape,
+        image_sizes=None if image_sizes is None else np.asarray(image_sizes),
+        num_classes=model.num_classes,
+        bounding_box_format=model.bounding_box_format,
+        refuse_degenerate=refuse_degenerate,
+    )
+
+
+def check_target_structure(targets) -> None:
+    """Checks names and ranks of a ground truth, which may be symbolic.
+
+    Raises:
+        ValueError: unless it is `{"boxes": [B, G, 4], "labels": [B, G]}`.
+    """
+    wanted = "Targets are {'boxes': [batch, objects, 4], 'labels': [batch, objects]}; received "
+    if not isinstance(targets, dict):
+        raise ValueError(f"{wanted}{'none' if targets is None else type(targets).__name__}.")
+    if set(targets) != {"boxes", "labels"}:
+        raise ValueError(f"{wanted}the keys {sorted(map(str, targets))}.")
+    shapes = [
+        tuple(x.shape) if hasattr(x, "shape") else np.shape(x)
+        for x in (targets["boxes"], targets["labels"])
+    ]
+    if len(shapes[0]) != 3 or shapes[0][-1] not in (4, None) or len(shapes[1]) != 2:
+        raise ValueError(f"{wanted}shapes {shapes[0]} and {shapes[1]}.")
+
+
+def check_targets(
+    targets,
+    image_shape,
+    image_sizes,
+    num_classes,
+    bounding_box_format,
+    refuse_degenerate: bool = True,
+) -> None:
     """Checks a ground truth in memory.
 
     Args:
@@ -101,15 +159,13 @@ def check_targets(targets, image_shape, image_sizes, num_classes, bounding_box_f
         image_sizes: `[B, 2]` array, or None where images fill the batch.
         num_classes: labels are in 0..num_classes-1, or -1 in padding rows.
         bounding_box_format: of the boxes.
+        refuse_degenerate: whether a box that is not finite or has no area is an error.
 
     Raises:
-        ValueError: for missing keys, wrong shapes, labels out of range, boxes that are not finite,
-            have no area, or lie outside their image, which is what a wrong format looks like.
+        ValueError: for missing keys, wrong shapes, labels out of range, degenerate boxes, and boxes
+            outside their image or all within one pixel, which is what a wrong format looks like.
     """
-    if set(targets) != {"boxes", "labels"}:
-        raise ValueError(
-            f"Targets have the keys 'boxes' and 'labels'; received {sorted(map(str, targets))}."
-        )
+    check_target_structure(targets)
     boxes = np.asarray(targets["boxes"], "float64")
     labels = np.asarray(targets["labels"])
     batch = image_shape[0]
@@ -140,16 +196,26 @@ def check_targets(targets, image_shape, image_sizes, num_classes, bounding_box_f
                 f"{bounding_box_format!r})."
             )
 
-    refuse(real & ~np.isfinite(boxes).all(-1), "is not finite")
+    finite = np.isfinite(boxes).all(-1)
+    if refuse_degenerate:
+        refuse(real & ~finite, "is not finite")
+    real &= finite
     xyxy = keras.ops.convert_to_numpy(
         convert_boxes(
             np.where(real[..., None], boxes, 0.0), bounding_box_format, "xyxy", image_sizes
         )
     )
     extent = xyxy[..., 2:] - xyxy[..., :2]
-    refuse(real & (extent <= 0).any(-1), "has no area")
+    if refuse_degenerate:
+        refuse(real & (extent <= 0).any(-1), "has no area")
+    real &= (extent > 0).all(-1)
     limits = np.asarray(image_sizes)[:, None, ::-1]
     # Annotations may stick out by a rounding; a wrong format sticks out by far.
     slack = 1.0 + 0.01 * limits
     outside = (xyxy[..., :2] < -slack).any(-1) | (xyxy[..., 2:] > limits + slack).any(-1)
     refuse(real & outside, "lies outside its image: is `bounding_box_format` right?")
+    if not bounding_box_format.startswith("rel_") and real.any() and boxes[real].max() <= 1.0:
+        raise ValueError(
+            f"All boxes lie within one pixel, in format {bounding_box_format!r}: are they "
+            f"'rel_{bounding_box_format}'?"
+        )

@@ -10,6 +10,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 import keras
 import numpy as np
 import pytest
+from small_detector import small_detector
 
 import keras_fpn
 
@@ -18,26 +19,6 @@ if keras.backend.backend() == "tensorflow":
 
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-
-
-def small_detector(**arguments) -> keras_fpn.FasterRCNN:
-    """A detector with every stage in place that builds and runs in seconds."""
-    numbers = {
-        "num_classes": 3,
-        "backbone": "resnet18",
-        "normalization": "frozen_batch_norm",
-        "pyramid_channels": 16,
-        "head_hidden_dim": 32,
-        "rpn_pre_nms": 50,
-        "rpn_post_nms": 30,
-        "rpn_training_pre_nms": 50,
-        "rpn_training_post_nms": 40,
-        "roi_samples": 32,
-        "score_threshold": 0.0,
-        "max_detections": 20,
-        "seed": 1,
-    }
-    return keras_fpn.build_fpn_faster_rcnn(**(numbers | arguments))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from conftest import small_detector
+from small_detector import small_detector
 
 from keras_fpn.faster_rcnn import LOSS_NAMES
 
@@ -122,6 +122,49 @@ def test_fit_lowers_the_losses_then_saves_loads_and_goes_on(images, targets, tmp
     assert loaded.optimizer.iterations.numpy() == 16
     continued = loaded.fit(data, verbose=0).history["loss"][-1]
     assert continued < history["loss"][0]
+
+
+def test_sizes_beyond_the_batch_do_not_put_boxes_there(detector, images):
+    # As tensors, whose values a call cannot look at; arrays are refused.
+    inputs = {"images": images, "image_sizes": [[640, 960], [640, 960]]}
+    tensors = {name: keras.ops.convert_to_tensor(value) for name, value in inputs.items()}
+    found = arrays(detector(tensors))
+    assert (found["boxes"] <= [96, 64, 96, 64]).all()
+
+
+@tensorflow_only
+def test_fit_refuses_what_it_would_ignore(images, targets):
+    model = small_detector()
+    model.compile(keras.optimizers.SGD(0.01), jit_compile=False)
+    with pytest.raises(ValueError, match="take no weights; received `sample_weight`"):
+        model.fit(images, targets, sample_weight=np.ones(2), verbose=0)
+    wrong = targets | {"labels": targets["labels"] + 50}
+    with pytest.raises(ValueError, match="received 50 in image 0"):
+        model.fit(images, targets, validation_data=(images, wrong), verbose=0)
+    with pytest.raises(ValueError, match="received shape"):
+        model.predict(images[0], verbose=0)
+    model.compile(keras.optimizers.SGD(0.01), loss="mse", jit_compile=False)
+    with pytest.raises(ValueError, match=r"compile it without `loss` \(received loss='mse'\)"):
+        model.fit(images, targets, verbose=0)
+
+
+@tensorflow_only
+def test_the_samplers_go_on_where_they_were_saved(images, targets, tmp_path):
+    model = small_detector()
+    model.compile(keras.optimizers.SGD(0.01), jit_compile=False)
+    model.train_on_batch(images, targets)
+
+    def states(of):
+        return [t.seed_generator.state.numpy().tolist() for t in (of.rpn_targets, of.roi_targets)]
+
+    moved = states(model)
+    assert moved != states(small_detector())
+    # Validation draws the same each time and leaves the training's draws alone.
+    first = model.test_on_batch(images, targets, return_dict=True)
+    assert model.test_on_batch(images, targets, return_dict=True) == pytest.approx(first)
+    assert states(model) == moved
+    model.save(tmp_path / "detector.keras")
+    assert states(keras.saving.load_model(tmp_path / "detector.keras")) == moved
 
 
 @tensorflow_only

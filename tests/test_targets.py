@@ -1,8 +1,8 @@
 import keras
 import numpy as np
 import pytest
-from conftest import small_detector
 from keras.ops import convert_to_numpy
+from small_detector import small_detector
 
 from keras_fpn.targets import RoITargets, RPNTargets
 

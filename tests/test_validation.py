@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras.ops import convert_to_numpy
 
-from keras_fpn.validation import check_images, check_targets, check_training_arguments
+from keras_fpn.validation import check_images, check_targets, check_training_data
 
 IMAGES = np.zeros((2, 40, 60, 3), "uint8")
 
@@ -26,6 +26,7 @@ class TestImages:
 
     def test_lists_become_tensors(self):
         images, sizes = check_images({"images": IMAGES.tolist(), "image_sizes": [[1, 2], [3, 4]]})
+        assert images.dtype.kind == "i"
         assert tuple(images.shape) == IMAGES.shape
         np.testing.assert_array_equal(convert_to_numpy(sizes), [[1, 2], [3, 4]])
 
@@ -48,6 +49,18 @@ class TestImages:
             (np.zeros((2, 40, 60, 4)), ValueError, r"received shape \(2, 40, 60, 4\)"),
             (IMAGES[:, :0], ValueError, r"at least one pixel; received shape \(2, 0, 60, 3\)"),
             (IMAGES > 0, TypeError, r"numbers in 0..255; received dtype bool"),
+            (IMAGES.astype(str), TypeError, r"numbers in 0..255; received dtype <U3"),
+            (None, ValueError, r"Images are wanted, .*; received None"),
+            (
+                {"images": IMAGES, "image_sizes": np.array([[40, 60], [60, 40]])},
+                ValueError,
+                r"within the batch's \(40, 60\); received \[60, 40\] for image 1",
+            ),
+            (
+                {"images": IMAGES, "image_sizes": np.zeros((2, 2))},
+                ValueError,
+                r"received \[0.0, 0.0\]",
+            ),
             (
                 {"image": IMAGES},
                 ValueError,
@@ -75,6 +88,11 @@ class TestImages:
     def test_what_is_refused(self, inputs, error, message):
         with pytest.raises(error, match=message):
             check_images(inputs)
+
+    def test_a_model_of_one_size_takes_that_size(self):
+        check_images(IMAGES, (40, None, 3))
+        with pytest.raises(ValueError, match=r"built for images of shape \(40, 64, 3\)"):
+            check_images(IMAGES, (40, 64, 3))
 
 
 BOXES = [[[5, 6, 30, 20], [0, 0, 60, 40]], [[1, 1, 2, 2], [0, 0, 0, 0]]]
@@ -104,7 +122,7 @@ class TestTargets:
     )
     def test_the_keys_are_fixed(self, keys):
         targets = dict.fromkeys(keys, np.zeros((2, 1, 4)))
-        message = rf"the keys 'boxes' and 'labels'; received {re.escape(str(sorted(keys)))}"
+        message = rf"Targets are .*; received the keys {re.escape(str(sorted(keys)))}"
         with pytest.raises(ValueError, match=message):
             check_targets(targets, IMAGES.shape, None, 3, "xyxy")
 
@@ -113,7 +131,7 @@ class TestTargets:
         [
             (np.zeros((2, 4)), np.zeros(2), r"received shapes \(2, 4\) and \(2,\)"),
             (np.zeros((2, 3, 5)), np.zeros((2, 3)), r"received shapes \(2, 3, 5\) and \(2, 3\)"),
-            (np.zeros((2, 3, 4)), np.zeros((2, 2)), r"boxes \[batch, objects, 4\] and labels"),
+            (np.zeros((2, 3, 4)), np.zeros((2, 2)), r"received shapes \(2, 3, 4\) and \(2, 2\)"),
             (np.zeros((3, 1, 4)), np.zeros((3, 1)), r"Received 2 images and boxes of 3"),
             (BOXES, [[0, 0.5], [1, -1]], r"whole numbers; received dtype float64 with fractions"),
             (
@@ -159,46 +177,74 @@ class TestTargets:
         with pytest.raises(ValueError, match="of image 0 lies outside its image"):
             check(image_sizes=np.array([[20, 30], [40, 60]]))
 
+    def test_relative_boxes_in_an_absolute_format_are_recognised(self):
+        with pytest.raises(ValueError, match=r"within one pixel.*are they 'rel_xyxy'\?"):
+            check(np.array(BOXES) / 70)
 
-class TestTrainingArguments:
-    class Detector:
-        num_classes = 3
-        bounding_box_format = "xyxy"
-        loss = None
+    def test_degenerate_boxes_may_be_let_through_but_not_wrong_labels(self):
+        boxes = np.array([[[np.nan, 1, 2, 2]], [[5, 6, 5, 20]]], "float32")
+        for labels in ([[0], [1]], [[0], [3]]):
+            targets = {"boxes": boxes, "labels": np.array(labels)}
+            if labels[1] == [1]:
+                check_targets(targets, IMAGES.shape, None, 3, "xyxy", refuse_degenerate=False)
+                continue
+            with pytest.raises(ValueError, match="received 3 in image 1"):
+                check_targets(targets, IMAGES.shape, None, 3, "xyxy", refuse_degenerate=False)
 
-    @pytest.fixture(autouse=True)
-    def on_tensorflow(self, monkeypatch):
-        monkeypatch.setattr(keras.backend, "backend", lambda: "tensorflow")
 
-    def test_other_backends_do_not_train(self, monkeypatch):
-        monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-        message = r"fit\(\) needs the TensorFlow backend; this is the jax backend"
-        with pytest.raises(NotImplementedError, match=message):
-            check_training_arguments(self.Detector(), IMAGES, None)
+class Detector:
+    """What the checks want to know of a model."""
 
-    def test_a_model_compiled_with_a_loss_is_refused(self):
-        detector = self.Detector()
-        detector.loss = "mse"
-        with pytest.raises(ValueError, match=r"compile it without `loss` \(received loss='mse'\)"):
-            check_training_arguments(detector, IMAGES, None)
+    num_classes = 3
+    bounding_box_format = "xyxy"
+    image_shape = (None, None, 3)
 
+
+def targets(**changes):
+    return {"boxes": np.array(BOXES, "float32"), "labels": np.array(LABELS)} | changes
+
+
+class TestTrainingData:
     def test_targets_in_memory_are_checked_against_the_images(self):
-        targets = {"boxes": np.array(BOXES, "float32"), "labels": np.array(LABELS)}
-        check_training_arguments(self.Detector(), IMAGES, targets)
-        check_training_arguments(self.Detector(), iter([]), None)
+        check_training_data(Detector(), IMAGES, targets())
+        check_training_data(Detector(), iter([]), None)
         with pytest.raises(ValueError, match="received 5 in image 0"):
-            check_training_arguments(
-                self.Detector(), IMAGES, targets | {"labels": np.full((2, 2), 5)}
-            )
+            check_training_data(Detector(), IMAGES, targets(labels=np.full((2, 2), 5)))
         padded = {"images": IMAGES, "image_sizes": np.array([[40, 60], [1, 1]])}
         with pytest.raises(ValueError, match=r"Received 3 images and 'image_sizes' of 2"):
-            check_training_arguments(
-                self.Detector(), padded | {"images": np.zeros((3, 40, 60, 3))}, targets
+            check_training_data(
+                Detector(), padded | {"images": np.zeros((3, 40, 60, 3))}, targets()
             )
-        targets["boxes"][1, 0] = [1, 1, 9, 9]
+        outside = targets()
+        outside["boxes"][1, 0] = [1, 1, 9, 9]
         with pytest.raises(ValueError, match="of image 1 lies outside its image"):
-            check_training_arguments(self.Detector(), padded, targets)
+            check_training_data(Detector(), padded, outside)
 
-    def test_targets_are_a_dictionary(self):
-        with pytest.raises(ValueError, match=r"\{'boxes': .*\}; received ndarray"):
-            check_training_arguments(self.Detector(), IMAGES, np.zeros((2, 1, 4)))
+    @pytest.mark.parametrize(
+        ("wrong", "received"),
+        [
+            (np.zeros((2, 1, 4)), "ndarray"),
+            (None, "none"),
+            ((np.zeros((2, 1, 4)), np.zeros((2, 1))), "tuple"),
+        ],
+    )
+    def test_targets_are_a_dictionary(self, wrong, received):
+        with pytest.raises(ValueError, match=rf"\{{'boxes': .*\}}; received {received}"):
+            check_training_data(Detector(), IMAGES, wrong)
+
+    @pytest.mark.parametrize(
+        ("elements", "message"),
+        [
+            (IMAGES, r"yields pairs .*; received elements \(2, 40, 60, 3\)"),
+            ((IMAGES, BOXES), r"Targets are .*; received TensorSpec"),
+            ((IMAGES[0], targets()), r"received shape \(40, 60, 3\)"),
+            ((IMAGES, targets(labels=np.full((2, 2), 9))), "received 9 in image 0"),
+            ((IMAGES, targets(boxes=np.array(BOXES) / 70)), "are they 'rel_xyxy'"),
+            ((IMAGES, {"boxes": np.zeros((2, 4)), "labels": np.zeros(2)}), r"shapes \(2, 4\)"),
+        ],
+    )
+    def test_structure_and_first_batch_of_a_data_set_are_checked(self, elements, message):
+        tf = pytest.importorskip("tensorflow")
+        check_training_data(Detector(), tf.data.Dataset.from_tensors((IMAGES, targets())), None)
+        with pytest.raises(ValueError, match=message):
+            check_training_data(Detector(), tf.data.Dataset.from_tensors(elements), None)

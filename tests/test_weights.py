@@ -5,8 +5,8 @@ import sys
 import keras
 import numpy as np
 import pytest
-from conftest import small_detector
 from keras.ops import convert_to_numpy
+from small_detector import small_detector
 from torchvision_names import torchvision_array, torchvision_shapes, torchvision_variables
 
 import keras_fpn

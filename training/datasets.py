@@ -546,9 +546,9 @@ def _tfds_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 def _check_prepared(name: str, builder: tfds.core.DatasetBuilder) -> None:
     """Raise FileNotFoundError where the data set is not there, or not finished."""
     folder = builder.data_path
-    how = f"`tfds build {name}`, or load_dataset(..., download=True), prepares it"
+    how = f"`tfds build {name}`, or train.py with --download, prepares it"
     if builder.name == "keras_fpn_shapes":
-        how = "training.demo_dataset.prepare(data_dir) makes it"
+        how = "training/demo_dataset.py makes it"
     if not folder.exists():
         unfinished = []
         if folder.parent.exists():

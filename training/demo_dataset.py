@@ -30,7 +30,8 @@ class KerasFpnShapes(tfds.core.GeneratorBasedBuilder):
     NUM_IMAGES = {"train": 600, "validation": 100}  # noqa: RUF012
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(
+        return tfds.core.DatasetInfo(
+            builder=self,
             description=self.__doc__,
             features=tfds.features.FeaturesDict(
                 {

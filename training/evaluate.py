@@ -56,7 +56,17 @@ def main(arguments: list[str] | None = None) -> None:
             options.split or configuration.get("validation_split", "validation"),
             options.data_dir or own_data_dir,
         )
-        check_classes(model, data)
+        check_same_classes(
+            data,
+            configuration.get("class_names", data.class_names),
+            configuration.get("category_ids", data.category_ids),
+            "the model",
+        )
+        if model.num_classes != len(data.class_names):
+            raise ValueError(
+                f"The model has num_classes={model.num_classes}; the data set {data.name!r} has "
+                f"{len(data.class_names)} classes."
+            )
     metrics, results = evaluate_detector(
         model,
         data,
@@ -72,12 +82,18 @@ def main(arguments: list[str] | None = None) -> None:
         Path(options.results).write_text(json.dumps(results))
 
 
-def check_classes(model: keras_fpn.FasterRCNN, dataset: DetectionDataset) -> None:
-    """Raises ValueError where the model has another number of classes than the data set."""
-    if model.num_classes != len(dataset.class_names):
+def check_same_classes(
+    dataset: DetectionDataset, class_names: list[str], category_ids: list[int], whose: str
+) -> None:
+    """Raises ValueError where labels mean other classes in the data set than elsewhere."""
+    own, other = (dataset.class_names, dataset.category_ids), (class_names, category_ids)
+    if own != other:
+        ours, theirs = (
+            f"{len(names)} classes {names[:4]} with ids {ids[:4]}" for names, ids in (own, other)
+        )
         raise ValueError(
-            f"The model has num_classes={model.num_classes}; the data set {dataset.name!r} has "
-            f"{len(dataset.class_names)} classes."
+            f"{dataset.name!r} ({dataset.split}) has {ours}; {whose} has {theirs}: they must "
+            "be the same."
         )
 
 
@@ -102,7 +118,7 @@ def evaluate_detector(
     for inputs, info in batches:
         inputs = {name: np.asarray(value) for name, value in inputs.items()}
         found = len(inputs["images"])
-        # The last batch of a bucket may be short; another shape would be compiled once more.
+        # The last batch of a bucket may be short; another shape would be traced once more.
         rows = np.arange(batch_size) % found
         detections = model.predict_on_batch({name: x[rows] for name, x in inputs.items()})
         results += coco_results(
@@ -112,7 +128,10 @@ def evaluate_detector(
             info["original_sizes"].numpy(),
             dataset.category_ids,
         )
-    report_skipped(report, f"{dataset.name} ({dataset.split})")
+    # Boxes are not evaluated from the batches: what was left out there does not matter.
+    if report.images():
+        names = ", ".join(f"{name} ({why})" for name, why in report.images().items())
+        print(f"\n{dataset.name} ({dataset.split}): not evaluated: {names}", flush=True)
     return coco_metrics(dataset.coco_ground_truth(), results), results
 
 

@@ -17,13 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
-from PIL import Image
+import tensorflow as tf
 from tqdm import tqdm
 
 from keras_fpn.drawing import draw_detections
 from keras_fpn.evaluation import coco_results
 from training.command_line import exits_on_bad_input
 from training.evaluate import report_skipped
+from training.image_decoding import decode_image
 from training.pipeline import SkipReport, image_batches
 from training.recipes import Recipe
 from training.run_folder import claim_folder, load_detector
@@ -74,20 +75,20 @@ def main(arguments: list[str] | None = None) -> None:
         drawn = [result for result in results if result["score"] >= options.score_threshold]
         corners = np.array([result["bbox"] for result in drawn]).reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
-        with Image.open(options.images[index]) as image:
-            picture = draw_detections(
-                np.asarray(image.convert("RGB")),
-                {
-                    "boxes": corners,
-                    "scores": [result["score"] for result in drawn],
-                    "labels": [category_ids.index(result["category_id"]) for result in drawn],
-                },
-                class_names,
-            )
+        picture = draw_detections(
+            decode_image(tf.io.read_file(options.images[index])).numpy(),
+            {
+                "boxes": corners,
+                "scores": [result["score"] for result in drawn],
+                "labels": [category_ids.index(result["category_id"]) for result in drawn],
+            },
+            class_names,
+        )
         picture.save(output / f"{index + 1:04d}_{Path(options.images[index]).stem}.png")
     (output / "detections.json").write_text(json.dumps(all_results, indent=1))
     report_skipped(report, "images")
-    print(f"{len(all_results)} detections of {len(options.images)} images; pictures in {output}")
+    decoded = len(options.images) - len(report.images())
+    print(f"{len(all_results)} detections of {decoded} images; pictures in {output}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The numbers of a run; the defaults are the papers' schedule on COCO (FPN, section 5).
+    """The numbers of a run; the defaults are the schedule that is called 1x: 12 epochs of COCO.
 
     Attributes:
         backbone: name of a ResNet.
@@ -22,11 +22,11 @@ class Recipe:
         longest_edge: no edge is longer than this after resizing.
         horizontal_flip: whether half of the images are mirrored.
         keep_empty_images: whether images without an object are trained on.
-        batch_size: images a step, all replicas together.
+        batch_size: images a step, all GPUs together; None for 2 each.
         epochs: passes over the data.
         steps_per_epoch: steps that count as an epoch, or None for one pass.
         learning_rate: for a batch of 16 images; the run scales it by its own batch.
-        warmup_steps: steps of 16 images over which the rate rises to that.
+        warmup_steps: steps of 16 images over which the rate rises to that, an epoch at the most.
         decay_epochs: the rate falls to a tenth after each of these.
         momentum: of SGD.
         weight_decay: L2, on kernels only.
@@ -48,7 +48,7 @@ class Recipe:
     longest_edge: int = 1333
     horizontal_flip: bool = True
     keep_empty_images: bool = False
-    batch_size: int = 2
+    batch_size: int | None = None
     epochs: int = 12
     steps_per_epoch: int | None = None
     learning_rate: float = 0.02
@@ -61,26 +61,26 @@ class Recipe:
 
 
 RECIPES = {
-    # The schedule of FPN's section 5.2: 60k + 20k + 10k steps of 16 images are 12 epochs of COCO.
-    "coco": Recipe(),
+    # 60k + 20k + 10k steps of 16 images are 12 epochs of COCO.
+    "1x": Recipe(),
     # Minutes on two CPU cores, from random weights, for `make demo`.
     "demo": Recipe(
         backbone="resnet18",
-        normalization="group_norm",
+        normalization="batch_norm",
         pyramid_channels=64,
         head_hidden_dim=256,
         anchor_sizes=(8, 16, 32, 64, 128),
         rpn_training_proposals=300,
-        roi_samples=64,
-        shorter_edges=(192,),
-        evaluation_shorter_edge=192,
-        # As long as the shorter edge: one square shape, so that XLA compiles one program.
-        longest_edge=192,
+        roi_samples=128,
+        shorter_edges=(128,),
+        evaluation_shorter_edge=128,
+        # As long as the shorter edge: all batches have one square shape, and are traced once.
+        longest_edge=128,
         batch_size=8,
-        epochs=8,
-        learning_rate=0.04,
-        warmup_steps=50,
-        decay_epochs=(6,),
-        evaluate_every=4,
+        epochs=10,
+        learning_rate=0.05,
+        warmup_steps=25,
+        decay_epochs=(8,),
+        evaluate_every=5,
     ),
 }

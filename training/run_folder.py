@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import keras
@@ -47,8 +48,16 @@ def load_detector(path: str | os.PathLike) -> tuple[keras_fpn.FasterRCNN, dict]:
             )
     elif not path.is_file():
         raise FileNotFoundError(f"There is no run's folder and no .keras file at {str(path)!r}.")
-    config_file = file.resolve().parents[1] / "config.json"
-    configuration = json.loads(config_file.read_text()) if config_file.exists() else {}
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{str(file)!r} is no whole .keras file.")
+    # A file that lies where runs keep theirs has its run's configuration.
+    config_file = file.resolve().parent.parent / "config.json"
+    configuration = {}
+    if file.parent.name == "checkpoints" and config_file.exists():
+        try:
+            configuration = json.loads(config_file.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{str(config_file)!r} is no whole JSON file: {error}.") from error
     model = keras.saving.load_model(file)
     if not isinstance(model, keras_fpn.FasterRCNN):
         raise ValueError(f"{str(file)!r} holds a {type(model).__name__}, not a FasterRCNN.")

@@ -6,8 +6,9 @@ The data set is the name of one that TensorFlow Datasets has prepared, or a fold
 (annotations/instances_SPLIT.json and SPLIT/). All GPUs are used; without one, the CPU.
 
 The output folder holds the resolved configuration (config.json), checkpoints
-(checkpoints/last.keras and checkpoints/best.keras), TensorBoard logs (logs/), the losses of every
-epoch (history.csv) and COCO's metrics (metrics.json).
+(checkpoints/last.keras and checkpoints/best.keras), TensorBoard logs (logs/), losses and metrics of
+every epoch (history.csv), COCO's metrics of the last evaluation with those of each class
+(metrics.json), and what could not be read (skipped.json).
 """
 
 import argparse
@@ -30,7 +31,12 @@ from keras_fpn.evaluation import COCO_METRICS
 from keras_fpn.optimization import SGDWithL2, WarmupStepDecay
 from training.command_line import exits_on_bad_input
 from training.datasets import DetectionDataset, load_dataset
-from training.evaluate import evaluate_detector, format_metrics, report_skipped
+from training.evaluate import (
+    check_same_classes,
+    evaluate_detector,
+    format_metrics,
+    report_skipped,
+)
 from training.pipeline import SkipReport, steps_per_epoch, training_batches
 from training.recipes import RECIPES, Recipe
 from training.run_folder import claim_folder
@@ -41,6 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     keras.utils.set_random_seed(recipe.seed)
     strategy = choose_strategy()
     replicas = strategy.num_replicas_in_sync
+    if recipe.batch_size is None:
+        recipe = dataclasses.replace(recipe, batch_size=2 * replicas)
     report = SkipReport()
     with exits_on_bad_input():
         output = claim_folder(options.output)
@@ -48,8 +56,15 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(
                 f"--batch-size is a multiple of the {replicas} GPUs; received {recipe.batch_size}."
             )
-        train_data = load_dataset(options.dataset, options.train_split, options.data_dir)
-        validation_data = load_dataset(options.dataset, options.validation_split, options.data_dir)
+        if options.jit_compile is True and replicas > 1:
+            raise ValueError(f"--jit-compile is for one GPU; there are {replicas}.")
+        train_data, validation_data = (
+            load_dataset(options.dataset, split, options.data_dir, download=options.download)
+            for split in (options.train_split, options.validation_split)
+        )
+        check_same_classes(
+            validation_data, train_data.class_names, train_data.category_ids, "the training split"
+        )
         batches = training_batches(
             train_data,
             recipe.batch_size,
@@ -81,16 +96,17 @@ def main(arguments: list[str] | None = None) -> None:
         shuffle=False,
         verbose=options.verbose,
         callbacks=[
-            ReportSkipped(report),
+            keras.callbacks.TerminateOnNaN(raise_error=True),
             EvaluateAndKeepBest(validation_data, recipe, output),
+            ReportSkipped(report, output),
             keras.callbacks.ModelCheckpoint(output / "checkpoints" / "last.keras"),
             keras.callbacks.CSVLogger(output / "history.csv"),
             keras.callbacks.TensorBoard(output / "logs", write_graph=False),
-            keras.callbacks.TerminateOnNaN(),
         ],
     )
     seconds = time.time() - started
-    print(f"Trained {recipe.epochs * steps} steps in {seconds:.0f} s, evaluations included.")
+    steps_done = int(model.optimizer.iterations.numpy())
+    print(f"Trained {steps_done} steps in {seconds:.0f} s, evaluations included.")
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
@@ -100,7 +116,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Re
         to.add_argument(
             "--recipe",
             choices=sorted(RECIPES),
-            default="coco",
+            default="1x",
             dest="recipe_name",
             help="where the numbers below start from",
         )
@@ -119,6 +135,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Re
     )
     data.add_argument(
         "--data-dir", metavar="DIR", help="where TFDS keeps its data sets; TFDS's own otherwise"
+    )
+    data.add_argument(
+        "--download", action="store_true", help="let TFDS download and prepare what is not there"
     )
     data.add_argument(
         "--train-split",
@@ -140,7 +159,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Re
         "--jit-compile",
         action=argparse.BooleanOptionalAction,
         default="auto",
-        help="compile with XLA; auto: as Keras decides, which is yes",
+        help="compile with XLA; auto: on one GPU",
     )
     run.add_argument(
         "--verbose",
@@ -204,7 +223,7 @@ def build_optimizer(recipe: Recipe, steps_per_epoch: int) -> SGDWithL2:
     return SGDWithL2(
         WarmupStepDecay(
             recipe.learning_rate * scale,
-            warmup_steps=round(recipe.warmup_steps / scale),
+            warmup_steps=min(round(recipe.warmup_steps / scale), steps_per_epoch),
             decay_steps=[epoch * steps_per_epoch for epoch in recipe.decay_epochs],
         ),
         momentum=recipe.momentum,
@@ -213,14 +232,21 @@ def build_optimizer(recipe: Recipe, steps_per_epoch: int) -> SGDWithL2:
 
 
 class ReportSkipped(keras.callbacks.Callback):
-    """Says at the end of each epoch what of the training data could not be used."""
+    """Says at the end of each epoch what of the training data could not be used.
 
-    def __init__(self, report: SkipReport):
+    The whole list of images is in skipped.json, which is not there where nothing was skipped.
+    """
+
+    def __init__(self, report: SkipReport, output: Path):
         super().__init__()
         self.report = report
+        self.output = output
 
     def on_epoch_end(self, epoch, logs=None):
         report_skipped(self.report, "training data")
+        if str(self.report):
+            skipped = {"images": self.report.images(), "boxes": self.report.boxes()}
+            (self.output / "skipped.json").write_text(json.dumps(skipped, indent=2) + "\n")
 
 
 class EvaluateAndKeepBest(keras.callbacks.Callback):
@@ -236,6 +262,8 @@ class EvaluateAndKeepBest(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         last = epoch + 1 == self.params["epochs"]
         if (epoch + 1) % self.recipe.evaluate_every and not last:
+            # The columns of history.csv are those of its first epoch.
+            logs.update({f"val_{name}": float("nan") for name in COCO_METRICS})
             return
         metrics, _ = evaluate_detector(
             self.model,

@@ -76,6 +76,8 @@ def test_a_run_leaves_configuration_checkpoints_logs_and_metrics(run, folder):
     header, *epochs = (run / "history.csv").read_text().splitlines()
     assert {"loss", "rpn_box_loss", "val_AP"} <= set(header.split(","))
     assert len(epochs) == 1
+    # One of the seven files is no image.
+    assert list(json.loads((run / "skipped.json").read_text())["images"]) == ["6.png"]
     assert -1 <= json.loads((run / "metrics.json").read_text())["AP50"] <= 1
 
 
@@ -135,7 +137,7 @@ def test_a_model_of_other_classes_is_refused(run, folder, tmp_path):
     (other / "annotations").mkdir(parents=True)
     (other / "train").symlink_to(folder / "train")
     (other / "annotations" / "instances_train.json").write_text(json.dumps(three))
-    with pytest.raises(SystemExit, match=r"num_classes=2; the data set .* has 3 classes"):
+    with pytest.raises(SystemExit, match=r"has 3 classes .*; the model has 2 classes"):
         evaluate.main(["--model", str(run), "--dataset", str(other), "--split", "train"])
 
 
