@@ -23,7 +23,7 @@ _MIN_VISIBLE = 0.7  # The share of a shape that later shapes leave visible.
 
 
 class KerasFpnShapes(tfds.core.GeneratorBasedBuilder):
-    """Drawn shapes, 24 to 150 pixels, on textured backgrounds, with features as COCO's."""
+    """Drawn shapes, 32 to 150 pixels, on textured backgrounds, with features as COCO's."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012 - as TFDS declares it
@@ -167,7 +167,7 @@ def _shape(
         each pixel of the window.
     """
     # Uniform in the logarithm: small shapes are as frequent as large ones, an octave each.
-    radius = 0.5 * math.exp(random.uniform(math.log(24), math.log(150)))
+    radius = 0.5 * math.exp(random.uniform(math.log(32), math.log(150)))
     centre_x = random.uniform(radius, width - radius)
     centre_y = random.uniform(radius, height - radius)
     # Upright, give or take: a small network from random weights learns that in minutes.

@@ -12,6 +12,7 @@ every epoch (history.csv), COCO's metrics of the last evaluation with those of e
 """
 
 import argparse
+import csv
 import dataclasses
 import json
 import os
@@ -28,6 +29,7 @@ from simple_parsing import ArgumentParser, DashVariant
 
 import keras_fpn
 from keras_fpn.evaluation import COCO_METRICS
+from keras_fpn.faster_rcnn import LOSS_NAMES
 from keras_fpn.optimization import SGDWithL2, WarmupStepDecay
 from training.command_line import exits_on_bad_input
 from training.datasets import DetectionDataset, load_dataset
@@ -100,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
             EvaluateAndKeepBest(validation_data, recipe, output),
             ReportSkipped(report, output),
             keras.callbacks.ModelCheckpoint(output / "checkpoints" / "last.keras"),
-            keras.callbacks.CSVLogger(output / "history.csv"),
+            WriteHistory(output / "history.csv"),
             keras.callbacks.TensorBoard(output / "logs", write_graph=False),
         ],
     )
@@ -262,8 +264,6 @@ class EvaluateAndKeepBest(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         last = epoch + 1 == self.params["epochs"]
         if (epoch + 1) % self.recipe.evaluate_every and not last:
-            # The columns of history.csv are those of its first epoch.
-            logs.update({f"val_{name}": float("nan") for name in COCO_METRICS})
             return
         metrics, _ = evaluate_detector(
             self.model,
@@ -280,6 +280,26 @@ class EvaluateAndKeepBest(keras.callbacks.Callback):
         (self.output / "metrics.json").write_text(
             json.dumps({"epoch": epoch + 1, "best_AP": self.best, **metrics}, indent=2) + "\n"
         )
+
+
+class WriteHistory(keras.callbacks.Callback):
+    """A line of losses and metrics an epoch; metrics are empty where there was no evaluation.
+
+    Keras's CSVLogger has the columns of the first epoch only, in which there may be none.
+    """
+
+    COLUMNS = ("epoch", "loss", *LOSS_NAMES, *(f"val_{name}" for name in COCO_METRICS))
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.file = file
+
+    def on_epoch_end(self, epoch, logs=None):
+        with self.file.open("a", newline="") as stream:
+            writer = csv.DictWriter(stream, self.COLUMNS, restval="", extrasaction="ignore")
+            if stream.tell() == 0:
+                writer.writeheader()
+            writer.writerow({"epoch": epoch + 1, **logs})
 
 
 def on_gpu() -> bool:
