@@ -2,8 +2,15 @@
 
 from keras_fpn.builder import build_fpn_faster_rcnn
 from keras_fpn.faster_rcnn import FasterRCNN
+from keras_fpn.optimization import SGDWithL2, WarmupStepDecay
 from keras_fpn.weights import load_torchvision_weights
 
 __version__ = "0.1.0"
 
-__all__ = ["FasterRCNN", "build_fpn_faster_rcnn", "load_torchvision_weights"]
+__all__ = [
+    "FasterRCNN",
+    "SGDWithL2",
+    "WarmupStepDecay",
+    "build_fpn_faster_rcnn",
+    "load_torchvision_weights",
+]

@@ -77,10 +77,10 @@ RECIPES = {
         # As long as the shorter edge: all batches have one square shape, and are traced once.
         longest_edge=128,
         batch_size=8,
-        epochs=9,
+        epochs=10,
         learning_rate=0.1,
         warmup_steps=50,
-        decay_epochs=(7,),
-        evaluate_every=9,
+        decay_epochs=(8,),
+        evaluate_every=10,
     ),
 }

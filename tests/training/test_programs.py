@@ -1,6 +1,8 @@
 """train.py, evaluate.py and predict.py on a tiny folder in COCO's layout."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -93,6 +95,17 @@ def test_evaluate_repeats_the_metrics_of_the_run(run, tmp_path, capsys):
     results = json.loads((tmp_path / "results.json").read_text())
     assert {result["category_id"] for result in results} <= set(CATEGORY_IDS)
     assert {result["image_id"] for result in results} <= set(range(10, 16))
+
+
+def test_a_checkpoint_loads_in_a_process_that_imports_keras_fpn_alone(run):
+    program = (
+        "import keras, keras_fpn, sys; "
+        "print(keras.saving.load_model(sys.argv[1]).optimizer.iterations.numpy())"
+    )
+    checkpoint = str(run / "checkpoints" / "last.keras")
+    command = [sys.executable, "-c", program, checkpoint]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert loaded.stdout.strip() == "3", loaded.stderr
 
 
 def test_predict_draws_pictures_and_writes_coco_results(run, folder, tmp_path):
