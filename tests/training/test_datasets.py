@@ -290,7 +290,7 @@ def test_a_data_set_that_is_not_prepared_is_not_downloaded(tmp_path):
         FileNotFoundError, match=r"not prepared: .*holds nothing; .*tfds build coco"
     ):
         load_dataset("coco/2017", "train", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"training\.demo_dataset\.prepare"):
+    with pytest.raises(FileNotFoundError, match=r"training/demo_dataset\.py makes it"):
         load_dataset("keras_fpn_shapes", "train", str(tmp_path))
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="is a file"):

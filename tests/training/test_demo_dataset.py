@@ -68,7 +68,7 @@ def test_boxes_are_tight_around_the_drawn_shapes(monkeypatch):
     for seed in range(200):
         _, objects = demo_dataset.draw_image(np.random.default_rng(seed))
         edges += [max(x2 - x1, y2 - y1) for _, (x1, y1, x2, y2), _ in objects]
-    # Scales of three octaves and more, small ones as frequent as large ones.
-    assert min(edges) < 14
-    assert max(edges) > 130
-    assert 25 < np.median(edges) < 50
+    # Diameters from 32 to 150, uniform in the logarithm: their median is the geometric mean, 69.
+    assert 20 < min(edges) < 32
+    assert 130 < max(edges) < 152
+    assert 55 < np.median(edges) < 80
