@@ -68,7 +68,7 @@ def test_boxes_are_tight_around_the_drawn_shapes(monkeypatch):
     for seed in range(200):
         _, objects = demo_dataset.draw_image(np.random.default_rng(seed))
         edges += [max(x2 - x1, y2 - y1) for _, (x1, y1, x2, y2), _ in objects]
-    # Diameters from 32 to 150, uniform in the logarithm: their median is the geometric mean, 69. The
+    # Diameters from 32 to 150, uniform in the logarithm: the median is the geometric mean, 69. The
     # longer side of a square is a diameter over the root of 2, that of the others up to a diameter.
     assert 32 / 2**0.5 - 1 < min(edges) < 32
     assert 130 < max(edges) < 152
