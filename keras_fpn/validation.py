@@ -169,7 +169,7 @@ def check_targets(
     boxes = np.asarray(targets["boxes"], "float64")
     labels = np.asarray(targets["labels"])
     batch = image_shape[0]
-    if boxes.ndim != 3 or boxes.shape[-1] != 4 or labels.shape != boxes.shape[:2]:
+    if labels.shape != boxes.shape[:2]:
         raise ValueError(
             "Targets are boxes [batch, objects, 4] and labels [batch, objects]; received shapes "
             f"{boxes.shape} and {labels.shape}."
