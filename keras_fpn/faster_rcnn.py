@@ -9,6 +9,7 @@ from keras_fpn.boxes import convert_boxes
 from keras_fpn.losses import box_loss, classification_loss, objectness_loss
 from keras_fpn.matcher import real_objects
 from keras_fpn.ranking import take_rows
+from keras_fpn.replicas import expect_summed_gradients, num_replicas, sum_over_replicas
 from keras_fpn.validation import check_images, check_target_structure, check_training_data
 
 LOSS_NAMES = ("objectness_loss", "rpn_box_loss", "class_loss", "box_loss")
@@ -102,6 +103,8 @@ class FasterRCNN(keras.Model):
         self.roi_targets = roi_targets
         self.total_loss_tracker = keras.metrics.Mean(name="loss")
         self.loss_trackers = [keras.metrics.Mean(name=name) for name in LOSS_NAMES]
+        self._last_step = {}
+        self._steps_to_pass_over = 0
 
         # === Config ===
         self.smooth_l1_beta = smooth_l1_beta
@@ -141,6 +144,10 @@ class FasterRCNN(keras.Model):
             Name in `LOSS_NAMES` to a scalar. Each is a sum over this batch's samples, divided by
             the number of samples of all replicas together: gradients of replicas are to be summed.
         """
+        return self._losses_and_shares(inputs, targets, training)[0]
+
+    def _losses_and_shares(self, inputs, targets, training):
+        """The losses, and the share of positives among the samples of either stage."""
         check_target_structure(targets)
         inputs = self._with_image_sizes(inputs)
         image_sizes = inputs["image_sizes"]
@@ -186,10 +193,21 @@ class FasterRCNN(keras.Model):
                 self.smooth_l1_beta,
             ),
         )
-        return dict(zip(LOSS_NAMES, losses, strict=True))
+        shares = {
+            "rpn_positives": _number(rpn["positive"]) / num_anchors,
+            "roi_positives": _number(roi["positive"]) / num_regions,
+        }
+        return dict(zip(LOSS_NAMES, losses, strict=True)), shares
 
-    def fit(self, x=None, y=None, *args, validation_data=None, **kwargs):
+    def fit(self, x=None, y=None, *args, validation_data=None, initial_step=0, **kwargs):
         """Trains as `keras.Model.fit` does, after a look at the data.
+
+        It works under `tf.distribute.MultiWorkerMirroredStrategy` too, every worker calling it.
+
+        Args:
+            initial_step: steps of the first epoch that an earlier run has taken. They are passed
+                over, with empty logs, and take nothing from the data.
+            **kwargs: and the arguments before: as `keras.Model.fit` has them.
 
         Raises:
             ValueError: for data that cannot be right (see `keras_fpn.validation`), sample weights,
@@ -210,6 +228,7 @@ class FasterRCNN(keras.Model):
             check_training_data(self, *validation_data)
         elif validation_data is not None:
             check_training_data(self, validation_data, None)
+        self._steps_to_pass_over = initial_step
         return super().fit(x, y, *args, validation_data=validation_data, **kwargs)
 
     def predict(self, x, *args, **kwargs):
@@ -218,34 +237,125 @@ class FasterRCNN(keras.Model):
             check_images(x, self.image_shape)
         return super().predict(x, *args, **kwargs)
 
+    @property
+    def last_step(self) -> dict:
+        """What the last training step measured, over all replicas.
+
+        Name to scalar: `loss` and the four of `LOSS_NAMES`, of this step alone (the logs are means
+        over the epoch); `rpn_positives` and `roi_positives`, the share of positives among the
+        samples; `gradient_norm`, before clipping. Empty before the first step.
+        """
+        return {name: float(value) for name, value in self._last_step.items()}
+
     def train_step(self, data):
+        return self._train_step(data)[0]
+
+    def _train_step(self, data):
+        """Logs of the epoch so far, and what `last_step` gives."""
         _require_tensorflow()
         import tensorflow as tf
 
         inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
         with tf.GradientTape() as tape:
-            losses = self.compute_losses(inputs, targets, training=True)
-            total = sum(losses.values()) + _share_of_replica(sum(self.losses))
+            losses, shares = self._losses_and_shares(inputs, targets, training=True)
+            total = sum(losses.values()) + sum(self.losses) / num_replicas()
             scaled = self.optimizer.scale_loss(total)
         variables = self.trainable_variables
-        self.optimizer.apply(tape.gradient(scaled, variables), variables)
-        return self._update_loss_trackers(inputs, losses, total)
+        gradients = sum_over_replicas(tape.gradient(scaled, variables))
+        scale = ops.cast(self.optimizer.scale_loss(1.0), "float32")
+        norm = tf.linalg.global_norm([tf.cast(gradient, tf.float32) for gradient in gradients])
+        self.optimizer.apply(gradients, variables)
+        measured = self._sum_over_replicas({"loss": total, **losses, **shares})
+        logs = self._update_loss_trackers(inputs, measured)
+        return logs, {**measured, "gradient_norm": norm / scale}
 
     def test_step(self, data):
         _require_tensorflow()
         inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
         losses = self.compute_losses(inputs, targets, training=False)
-        total = sum(losses.values()) + _share_of_replica(sum(self.losses))
-        return self._update_loss_trackers(inputs, losses, total)
+        total = sum(losses.values()) + sum(self.losses) / num_replicas()
+        return self._update_loss_trackers(
+            inputs, self._sum_over_replicas({"loss": total, **losses})
+        )
 
-    def _update_loss_trackers(self, inputs, losses, total):
-        values = [total, *losses.values()]
+    def _sum_over_replicas(self, values):
+        # One message for all of them.
+        summed = sum_over_replicas(ops.stack([ops.cast(x, "float32") for x in values.values()]))
+        return dict(zip(values, ops.unstack(summed, len(values)), strict=True))
+
+    def _update_loss_trackers(self, inputs, losses):
         images = inputs["images"] if isinstance(inputs, dict) else inputs
-        batch_size = ops.shape(images)[0]
-        for tracker, value in zip(self.metrics, values, strict=True):
-            # A replica's loss is its part of a sum; the trackers average over replicas.
-            tracker.update_state(value * _num_replicas(), sample_weight=batch_size)
+        for tracker in self.metrics:
+            tracker.update_state(losses[tracker.name], sample_weight=ops.shape(images)[0])
         return {tracker.name: tracker.result() for tracker in self.metrics}
+
+    def make_train_function(self, force=False):
+        if self.train_function is not None and not force:
+            return
+        step = self._function_of_iterator(self._train_step)
+
+        def train_function(iterator):
+            if self._steps_to_pass_over > 0:
+                self._steps_to_pass_over -= 1
+                return {}
+            logs, self._last_step = step(iterator)
+            return logs
+
+        expect_summed_gradients(self.optimizer)
+        self.train_function = train_function
+
+    def make_test_function(self, force=False):
+        if self.test_function is None or force:
+            self.test_function = self._function_of_iterator(self.test_step)
+
+    def _function_of_iterator(self, step_function):
+        """A step on every replica with the next batch of an iterator, `steps_per_execution` times.
+
+        Keras reduces what replicas return in a way that fails on several workers (its issue 20585).
+        Here every replica returns what has been summed over all of them, so that any will do.
+        """
+        import tensorflow as tf
+
+        strategy = self.distribute_strategy
+
+        def step_on_replicas(data):
+            outputs = strategy.run(step_function, args=(data,))
+            return tf.nest.map_structure(
+                lambda value: strategy.experimental_local_results(value)[0], outputs
+            )
+
+        def step_on_iterator(iterator):
+            return step_on_replicas(iterator.get_next())
+
+        if not self.run_eagerly:
+            step_on_replicas = tf.function(
+                step_on_replicas, reduce_retracing=True, jit_compile=self.jit_compile
+            )
+            step_on_iterator = tf.function(step_on_iterator, reduce_retracing=True)
+
+        def one_step(iterator):
+            # `train_on_batch` and its like give a generator.
+            if hasattr(iterator, "get_next"):
+                return step_on_iterator(iterator)
+            return step_on_replicas(next(iterator))
+
+        def steps(iterator):
+            outputs = one_step(iterator)
+            for _ in range(self.steps_per_execution - 1):
+                try:
+                    outputs = one_step(iterator)
+                except (StopIteration, tf.errors.OutOfRangeError):
+                    break
+            return outputs
+
+        return steps
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        # Under a strategy Keras builds from a batch reduced over the replicas, which fails on
+        # several workers. This model is built; what is left are the optimizer's variables.
+        if self.optimizer is not None and not self.optimizer.built:
+            with self.distribute_strategy.scope():
+                self.optimizer.build(self.trainable_variables)
 
     def _with_image_sizes(self, inputs):
         """Checked `{"images", "image_sizes"}`; a plain batch of images fills its whole area."""
@@ -314,23 +424,10 @@ def _all_levels(predictions, size):
     return ops.cast(ops.concatenate(flat, axis=1), "float32")
 
 
-def _num_replicas():
-    if keras.backend.backend() != "tensorflow":
-        return 1
-    import tensorflow as tf
-
-    return tf.distribute.get_strategy().num_replicas_in_sync
-
-
-def _share_of_replica(loss):
-    return loss / _num_replicas()
+def _number(mask):
+    return ops.sum(ops.cast(mask, "float32"))
 
 
 def _count_over_replicas(mask):
     """How many entries are true on all replicas together, at least 1, as float32."""
-    count = ops.sum(ops.cast(mask, "float32"))
-    if _num_replicas() > 1:
-        import tensorflow as tf
-
-        count = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, count)
-    return ops.maximum(count, 1.0)
+    return ops.maximum(sum_over_replicas(_number(mask)), 1.0)

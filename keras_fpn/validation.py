@@ -95,10 +95,11 @@ def check_training_data(model, x, y) -> None:
                 "A data set to train on yields pairs (images, {'boxes', 'labels'}); received "
                 f"elements {_described(structure)}."
             )
+        if type(x).__module__.startswith("tensorflow.python.distribute"):
+            # Its elements are one a replica; the step checks their structure when it is traced.
+            return
         check_target_structure(structure[1])
         check_images(structure[0], model.image_shape)
-        if type(x).__module__.startswith("tensorflow.python.distribute"):
-            return
         for images, targets in x.take(1):
             targets = {name: np.asarray(value) for name, value in targets.items()}
             _check_batch(model, images, targets, refuse_degenerate=False)
@@ -128,12 +129,13 @@ def check_target_structure(targets) -> None:
     """Checks names and ranks of a ground truth, which may be symbolic.
 
     Raises:
-        ValueError: unless it is `{"boxes": [B, G, 4], "labels": [B, G]}`.
+        ValueError: unless it is `{"boxes": [B, G, 4], "labels": [B, G]}`, and `"image_ids"` where
+            the caller wants to know the images again.
     """
     wanted = "Targets are {'boxes': [batch, objects, 4], 'labels': [batch, objects]}; received "
     if not isinstance(targets, dict):
         raise ValueError(f"{wanted}{'none' if targets is None else type(targets).__name__}.")
-    if set(targets) != {"boxes", "labels"}:
+    if set(targets) - {"image_ids"} != {"boxes", "labels"}:
         raise ValueError(f"{wanted}the keys {sorted(map(str, targets))}.")
     shapes = [
         tuple(x.shape) if hasattr(x, "shape") else np.shape(x)
