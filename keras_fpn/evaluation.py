@@ -1,6 +1,7 @@
 """COCO's metrics of detections: the results format, AP and AR."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -60,7 +61,21 @@ def coco_results(
     return results
 
 
-def coco_metrics(ground_truth: Mapping, results: Sequence[Mapping]) -> dict[str, float]:
+class CocoEvaluation(NamedTuple):
+    """What `coco_evaluation` measures.
+
+    Attributes:
+        metrics: each of `COCO_METRICS` in 0..1, or -1 where the ground truth has nothing to measure
+            (no large object, say); and `"AP/<category name>"` for every category.
+        precision: `[10, 101, K]`, at IoU thresholds 0.50, 0.55, ..., 0.95, at recalls 0, 0.01, ...,
+            1 and for each category in the order of ids; -1 where there is nothing to measure.
+    """
+
+    metrics: dict[str, float]
+    precision: np.ndarray
+
+
+def coco_evaluation(ground_truth: Mapping, results: Sequence[Mapping]) -> CocoEvaluation:
     """AP and AR of COCO's bounding-box challenge.
 
     Crowd regions absorb detections without counting, as COCO has it.
@@ -68,10 +83,6 @@ def coco_metrics(ground_truth: Mapping, results: Sequence[Mapping]) -> dict[str,
     Args:
         ground_truth: COCO's dictionary of `images`, `annotations` and `categories`.
         results: detections in COCO's results format, of images in `ground_truth`.
-
-    Returns:
-        Each of `COCO_METRICS` in 0..1, or -1 where the ground truth has nothing to measure (no
-        large object, say); and `"AP/<category name>"` for every category.
 
     Raises:
         ValueError: for results of images that the ground truth does not know.
@@ -102,4 +113,4 @@ def coco_metrics(ground_truth: Mapping, results: Sequence[Mapping]) -> dict[str,
         metrics[f"AP/{names[category_id]}"] = (
             float(of_category.mean()) if of_category.size else -1.0
         )
-    return metrics
+    return CocoEvaluation(metrics, precision)

@@ -1,5 +1,6 @@
 """The papers' optimizer: SGD with momentum and L2 decay, warm-up and steps (FPN, section 5)."""
 
+import math
 from collections.abc import Sequence
 
 import keras
@@ -74,4 +75,33 @@ class WarmupStepDecay(keras.optimizers.schedules.LearningRateSchedule):
             "warmup_steps": self.warmup_steps,
             "decay_steps": self.decay_steps,
             "decay_factor": self.decay_factor,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_fpn")
+class WarmupCosineDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """Rises in a line to the base rate, and falls to 0 along half a cosine.
+
+    Args:
+        learning_rate: base rate.
+        warmup_steps: as for `WarmupStepDecay`.
+        total_steps: the fall is `(1 + cos(pi * step / total_steps)) / 2`, 0 from this step on.
+    """
+
+    def __init__(self, learning_rate: float, warmup_steps: int = 0, total_steps: int = 1):
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+
+    def __call__(self, step):
+        step = ops.cast(step, "float32")
+        rise = ops.minimum((step + 1.0) / max(self.warmup_steps, 1), 1.0)
+        progress = ops.minimum(step / max(self.total_steps, 1), 1.0)
+        return self.learning_rate * rise * 0.5 * (1.0 + ops.cos(math.pi * progress))
+
+    def get_config(self):
+        return {
+            "learning_rate": self.learning_rate,
+            "warmup_steps": self.warmup_steps,
+            "total_steps": self.total_steps,
         }

@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 
-from keras_fpn.evaluation import COCO_METRICS, coco_metrics, coco_results
+from keras_fpn.evaluation import COCO_METRICS, coco_evaluation, coco_results
 
 
 def ground_truth_and_results():
@@ -47,7 +47,7 @@ def test_equals_pycocotools():
     from pycocotools.cocoeval import COCOeval
 
     truth, results = ground_truth_and_results()
-    metrics = coco_metrics(truth, results)
+    metrics = coco_evaluation(truth, results).metrics
     with contextlib.redirect_stdout(io.StringIO()):
         reference = COCO()
         reference.dataset = truth
@@ -66,7 +66,7 @@ def test_equals_pycocotools():
 
 def test_no_detection_at_all_is_an_ap_of_zero():
     truth, _ = ground_truth_and_results()
-    metrics = coco_metrics(truth, [])
+    metrics = coco_evaluation(truth, []).metrics
     assert metrics["AP"] == 0.0
     assert metrics["AR100"] == 0.0
 
@@ -75,7 +75,7 @@ def test_results_of_an_unknown_image_are_refused():
     truth, results = ground_truth_and_results()
     results[0]["image_id"] = 4711
     with pytest.raises(ValueError, match="4711"):
-        coco_metrics(truth, results)
+        coco_evaluation(truth, results)
 
 
 def test_results_are_in_original_pixels_without_padding_rows():

@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import absl.logging
@@ -17,7 +17,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 import training.demo_dataset  # noqa: F401 - makes keras_fpn_shapes known to TFDS
-from keras_fpn.image_files import read_image_size
+from keras_fpn.image_files import read_image, read_image_size
 
 # The ids that COCO's annotation files give to its 80 classes; TFDS numbers them 0..79.
 _COCO_CATEGORY_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
@@ -61,6 +61,19 @@ class DetectionDataset:
             the annotations do not say.
         """
         raise NotImplementedError
+
+    def read_images(self, image_ids: Sequence[int]) -> dict[int, np.ndarray]:
+        """RGB pixels, uint8 `[H, W, 3]`, of the images of these ids that can be decoded."""
+        wanted = tf.constant(list(image_ids), tf.int64)
+        records = self.records().filter(
+            lambda record: tf.reduce_any(tf.equal(record["image_id"], wanted))
+        )
+        images = {}
+        for record in records.take(len(image_ids)):
+            pixels, problem = read_image(record["image_bytes"])
+            if problem == b"":
+                images[int(record["image_id"])] = pixels.numpy()
+        return images
 
     def coco_ground_truth(self) -> dict[str, list[dict[str, Any]]]:
         """The ground truth in COCO's format, as COCO's evaluators take it.

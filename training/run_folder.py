@@ -1,4 +1,4 @@
-"""The folder of a training run: config.json, and checkpoints/best.keras and last.keras."""
+"""The folder of a training run: config.json, and checkpoints/best.keras and step-N.keras."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from keras_fpn.coco_classes import COCO_CLASS_NAMES, COCO_IDS_AND_NAMES
 from keras_fpn.pretrained import is_keras_file, load_keras_file
 from keras_fpn.published import DETECTORS
 from training.recipes import Recipe
+from training.run_state import checkpoints, write_text
 
 
 def claim_folder(path: str | os.PathLike) -> Path:
@@ -25,6 +26,62 @@ def claim_folder(path: str | os.PathLike) -> Path:
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def claim_run(path: str | os.PathLike, configuration: dict) -> Path | None:
+    """Makes the folder of a run, or finds the one that the same command has begun.
+
+    Args:
+        path: of the folder.
+        configuration: of the run; it becomes config.json.
+
+    Returns:
+        The checkpoint to go on from, None where there is none.
+
+    Raises:
+        FileExistsError: where the folder holds something else, or is a file.
+        ValueError: where it holds a run of another configuration.
+    """
+    path = Path(path)
+    config_file = path / "config.json"
+    if not config_file.exists():
+        if path.is_dir():
+            for partial in path.glob(".partial-config.json"):
+                partial.unlink()
+        claim_folder(path)
+        write_text(config_file, json.dumps(configuration, indent=2) + "\n")
+    begun = read_configuration(config_file)
+    for part in ("recipe", None):
+        ours, theirs = (c.get(part, {}) if part else c for c in (configuration, begun))
+        for name, value in json.loads(json.dumps(ours)).items():
+            if name not in ("recipe", "versions", "data_dir") and value != theirs.get(name):
+                raise ValueError(
+                    f"{str(path)!r} holds a run with {name} {theirs.get(name)!r}, this command "
+                    f"says {value!r}: give another --output, or go on with the run as it is by "
+                    f"--config {config_file}."
+                )
+    (path / "checkpoints").mkdir(exist_ok=True)
+    for partial in [*path.glob(".partial-*"), *(path / "checkpoints").glob(".partial-*")]:
+        partial.unlink()
+    return (checkpoints(path / "checkpoints") or [None])[-1]
+
+
+def read_configuration(file: str | os.PathLike) -> dict:
+    """The content of a run's config.json.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is no run's configuration.
+    """
+    try:
+        configuration = json.loads(Path(file).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"A run's config.json is wanted; {str(file)!r} is none.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(file)!r} is no whole JSON file: {error}.") from error
+    if not isinstance(configuration, dict) or not isinstance(configuration.get("recipe"), dict):
+        raise ValueError(f"{str(file)!r} is no run's configuration: it has no 'recipe'.")
+    return configuration
 
 
 def load_detector(path: str | os.PathLike) -> tuple[keras_fpn.FasterRCNN, dict]:
@@ -44,11 +101,11 @@ def load_detector(path: str | os.PathLike) -> tuple[keras_fpn.FasterRCNN, dict]:
     """
     file = Path(path)
     if file.is_dir():
-        candidates = [file / "checkpoints" / name for name in ("best.keras", "last.keras")]
-        file = next((candidate for candidate in candidates if candidate.exists()), None)
+        best = file / "checkpoints" / "best.keras"
+        file = best if best.exists() else (checkpoints(best.parent) or [None])[-1]
         if file is None:
             raise FileNotFoundError(
-                "A run's folder has checkpoints/best.keras or checkpoints/last.keras; "
+                "A run's folder has checkpoints/best.keras or checkpoints/step-N.keras; "
                 f"{str(path)!r} has neither."
             )
     elif not file.is_file() and str(path) not in DETECTORS:
@@ -60,11 +117,7 @@ def load_detector(path: str | os.PathLike) -> tuple[keras_fpn.FasterRCNN, dict]:
     config_file = file.resolve().parent.parent / "config.json"
     is_of_run = file.parent.name == "checkpoints" and config_file.exists()
     if is_of_run and is_keras_file(file):
-        try:
-            configuration = json.loads(config_file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{str(config_file)!r} is no whole JSON file: {error}.") from error
-        return load_keras_file(file), configuration
+        return load_keras_file(file), read_configuration(config_file)
     if file.is_file() and is_keras_file(file):
         model = load_keras_file(file)
     else:

@@ -3,22 +3,29 @@
     python training/train.py --dataset coco/2017 --data-dir ~/tensorflow_datasets --output runs/coco
 
 The data set is the name of one that TensorFlow Datasets has prepared, or a folder in COCO's layout
-(annotations/instances_SPLIT.json and SPLIT/). All GPUs are used; without one, the CPU.
+(annotations/instances_SPLIT.json and SPLIT/). All GPUs are used, those of all workers where
+TF_CONFIG or Slurm name several (--strategy); without one, the CPU.
 
-The output folder holds the resolved configuration (config.json), checkpoints
-(checkpoints/last.keras and checkpoints/best.keras), TensorBoard logs (logs/), losses and metrics of
-every epoch (history.csv), COCO's metrics of the last evaluation with those of each class
-(metrics.json), and what could not be read (skipped.json).
+The same command goes on with a run that was stopped, by SIGTERM, Ctrl-C or anything else, and ends
+with the same weights.
+
+The output folder holds the resolved configuration (config.json, which --config takes), checkpoints
+(checkpoints/step-N.keras, the last ones, and checkpoints/best.keras), TensorBoard logs (logs/),
+losses and metrics of every epoch (history.csv) and of steps (steps.csv), COCO's metrics of the last
+evaluation with those of each class (metrics.json), a page with curves, tables and pictures at the
+end (report.html), and what could not be read (skipped.json).
 """
 
 import argparse
-import csv
+import contextlib
 import dataclasses
-import json
 import os
+import re
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -31,45 +38,57 @@ exit_where_missing(
     "simple_parsing",
     "faster_coco_eval",
     "tensorboard",
+    "matplotlib",
 )
 
 import keras
+import numpy as np
 import tensorflow as tf
 from simple_parsing import ArgumentParser, DashVariant
 
 import keras_fpn
 from keras_fpn.builder import arguments_of
-from keras_fpn.evaluation import COCO_METRICS
-from keras_fpn.faster_rcnn import LOSS_NAMES
-from keras_fpn.optimization import SGDWithL2, WarmupStepDecay
-from training.datasets import DetectionDataset, load_dataset
-from training.evaluate import (
-    check_same_classes,
-    evaluate_detector,
-    format_metrics,
-    report_skipped,
+from keras_fpn.optimization import SGDWithL2, WarmupCosineDecay, WarmupStepDecay
+from training.callbacks import (
+    EndEpoch,
+    KeepState,
+    ReportSkipped,
+    ShowProgress,
+    StopOnNaN,
+    WriteTensorBoard,
 )
-from training.pipeline import SkipReport, steps_per_epoch, training_batches
+from training.datasets import DetectionDataset, load_dataset
+from training.evaluate import Evaluation, check_same_classes
+from training.pipeline import SkipReport, training_batches
 from training.recipes import RECIPES, Recipe
-from training.run_folder import claim_folder
+from training.report import write_report
+from training.run_folder import claim_run, read_configuration
+from training.run_state import RunState, checkpoints, read_checkpoint
+from training.stop_signal import Interrupted, StopSignal
+from training.strategies import (
+    STRATEGIES,
+    choose_strategy,
+    gather_from_workers,
+    num_workers,
+    worker_index,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options, recipe = parse_arguments(arguments)
+    with exits_on_bad_input():
+        strategy = choose_strategy(options.strategy)
     keras.utils.set_random_seed(recipe.seed)
-    strategy = choose_strategy()
     replicas = strategy.num_replicas_in_sync
-    if recipe.batch_size is None:
-        recipe = dataclasses.replace(recipe, batch_size=2 * replicas)
+    is_writer = worker_index(strategy) == 0
+    output = Path(options.output)
     report = SkipReport()
     with exits_on_bad_input():
-        output = claim_folder(options.output)
-        if recipe.batch_size % replicas:
-            raise ValueError(
-                f"--batch-size is a multiple of the {replicas} GPUs; received {recipe.batch_size}."
-            )
+        if recipe.batch_size is None:
+            recipe = dataclasses.replace(recipe, batch_size=2 * replicas)
+        check_numbers(recipe, replicas)
         if options.jit_compile is True and replicas > 1:
-            raise ValueError(f"--jit-compile is for one GPU; there are {replicas}.")
+            raise ValueError(f"--jit-compile is for one replica; there are {replicas}.")
         train_data, validation_data = (
             load_dataset(options.dataset, split, options.data_dir, download=options.download)
             for split in (options.train_split, options.validation_split)
@@ -77,49 +96,115 @@ def main(arguments: list[str] | None = None) -> None:
         check_same_classes(
             validation_data, train_data.class_names, train_data.category_ids, "the training split"
         )
-        batches = training_batches(
-            train_data,
-            recipe.batch_size,
-            shorter_edges=recipe.shorter_edges,
-            longest_edge=recipe.longest_edge,
-            horizontal_flip=recipe.horizontal_flip,
-            keep_empty_images=recipe.keep_empty_images,
-            seed=recipe.seed,
-            report=report,
-        )
-        steps = recipe.steps_per_epoch or steps_per_epoch(train_data, recipe.batch_size)
+        steps = (recipe.images_per_epoch or train_data.num_images) // recipe.batch_size
+        if steps == 0:
+            raise ValueError(
+                f"A batch is not larger than an epoch; --batch-size is {recipe.batch_size}, an "
+                f"epoch {recipe.images_per_epoch or train_data.num_images} images."
+            )
+
+        def batches(start_step: int, shard: int = 0, num_shards: int = 1) -> tf.data.Dataset:
+            return training_batches(
+                train_data,
+                recipe.batch_size,
+                shorter_edges=recipe.shorter_edges,
+                longest_edge=recipe.longest_edge,
+                horizontal_flip=recipe.horizontal_flip,
+                keep_empty_images=recipe.keep_empty_images,
+                seed=recipe.seed,
+                start_step=start_step,
+                shard=shard,
+                num_shards=num_shards,
+                report=report,
+            )
+
+        if recipe.precision != "float32":
+            keras.config.set_dtype_policy(f"mixed_{recipe.precision}")
         with strategy.scope():
             model = build_model(recipe, train_data.class_names)
-            model.compile(build_optimizer(recipe, steps), jit_compile=options.jit_compile)
+            optimizer = build_optimizer(recipe, steps)
+            model.compile(optimizer, jit_compile=options.jit_compile)
+            model.optimizer.build(model.trainable_variables)
         recipe = resolved_recipe(recipe, model)
-    (output / "checkpoints").mkdir()
-    write_configuration(output, options, recipe, train_data)
-    print(
-        f"{train_data.num_images} images of {options.dataset} ({options.train_split}), "
-        f"{len(train_data.class_names)} classes; {recipe.epochs} epochs of {steps} steps of "
-        f"{recipe.batch_size} images on {replicas} {'GPU' if on_gpu() else 'CPU'} replica(s); "
-        f"{model.count_params():,} parameters; writing to {output}",
-        flush=True,
-    )
-    started = time.time()
-    model.fit(
-        batches,
-        epochs=recipe.epochs,
-        steps_per_epoch=steps,
-        shuffle=False,
-        verbose=options.verbose,
-        callbacks=[
-            keras.callbacks.TerminateOnNaN(raise_error=True),
-            EvaluateAndKeepBest(validation_data, recipe, output),
-            ReportSkipped(report, output),
-            keras.callbacks.ModelCheckpoint(output / "checkpoints" / "last.keras"),
-            WriteHistory(output / "history.csv"),
-            keras.callbacks.TensorBoard(output / "logs", write_graph=False),
-        ],
-    )
+        configuration = configuration_of(options, recipe, train_data)
+        state = resume(model, strategy, output, configuration)
+        data = on_replicas(strategy, recipe.batch_size, state.steps, batches)
+        evaluation = Evaluation(
+            model,
+            validation_data,
+            recipe.batch_size,
+            recipe.evaluation_shorter_edge,
+            recipe.longest_edge,
+        )
+    total_steps = recipe.epochs * steps
+    if is_writer:
+        print(
+            f"{train_data.num_images} images of {options.dataset} ({options.train_split}), "
+            f"{len(train_data.class_names)} classes; {recipe.epochs} epochs of {steps} steps of "
+            f"{recipe.batch_size} images on {describe(strategy)}; {model.count_params():,} "
+            f"parameters; {f'{state.steps} steps are done; ' if state.steps else ''}"
+            f"writing to {output}",
+            flush=True,
+        )
+    if state.epochs == recipe.epochs:
+        print(f"The run in {output} has ended; its page is {output / 'report.html'}.")
+        return
+    started, steps_before = time.time(), state.steps
+    with StopSignal() as stop, exits_on_failure(strategy, output):
+        keep_state = KeepState(
+            state,
+            output / "checkpoints",
+            every=recipe.checkpoint_steps,
+            keep=recipe.keep_checkpoints,
+            # About a thousand points, however long the run.
+            curve_every=max(5, total_steps // 1000),
+            stop=stop,
+        )
+        end_epoch = EndEpoch(keep_state, evaluation, recipe.evaluate_every, recipe.epochs, output)
+        callbacks = [
+            ShowProgress(state, recipe.batch_size, total_steps),
+            StopOnNaN(state, lambda step: next(iter(batches(step).take(1))), output, is_writer),
+            keep_state,
+            end_epoch,
+        ]
+        if is_writer:
+            pictured = [image["id"] for image in evaluation.ground_truth["images"][:4]]
+            callbacks += [
+                ReportSkipped(report, output),
+                WriteTensorBoard(
+                    end_epoch,
+                    output / "logs",
+                    every=keep_state.curve_every,
+                    images=validation_data.read_images(pictured),
+                ),
+            ]
+        model.fit(
+            data,
+            initial_epoch=state.epochs,
+            initial_step=state.steps - state.epochs * steps,
+            epochs=recipe.epochs,
+            steps_per_epoch=steps,
+            shuffle=False,
+            verbose=options.verbose if is_writer else 0,
+            callbacks=callbacks,
+        )
     seconds = time.time() - started
-    steps_done = int(model.optimizer.iterations.numpy())
-    print(f"Trained {steps_done} steps in {seconds:.0f} s, evaluations included.")
+    if is_writer:
+        page = write_report(
+            output,
+            title=f"{options.dataset}, {recipe.backbone}",
+            configuration=configuration,
+            steps=state.curves,
+            history=state.history,
+            evaluation=end_epoch.scores,
+            ground_truth=evaluation.ground_truth,
+            results=end_epoch.results,
+            read_images=validation_data.read_images,
+        )
+        print(
+            f"Trained {state.steps - steps_before} steps in {seconds:.0f} s, evaluations "
+            f"included; see {page}."
+        )
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
@@ -133,40 +218,63 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Re
             dest="recipe_name",
             help="where the numbers below start from",
         )
+        to.add_argument(
+            "--config",
+            metavar="FILE",
+            help="config.json of a run: its recipe and data, in place of --recipe",
+        )
 
     choice = argparse.ArgumentParser(add_help=False)
     add_recipe_option(choice)
     chosen, _ = choice.parse_known_args(arguments)
+    start, given = RECIPES[chosen.recipe_name], {}
+    if chosen.config is not None:
+        with exits_on_bad_input():
+            given = read_configuration(chosen.config)
+            start = recipe_of(given, chosen.config)
     parser = ArgumentParser(description=__doc__, add_option_string_dash_variants=DashVariant.DASH)
     add_recipe_option(parser)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset",
-        required=True,
+        required="dataset" not in given,
+        default=given.get("dataset"),
         metavar="NAME",
         help="TFDS name such as coco/2017, or a folder in COCO's layout",
     )
     data.add_argument(
-        "--data-dir", metavar="DIR", help="where TFDS keeps its data sets; TFDS's own otherwise"
+        "--data-dir",
+        metavar="DIR",
+        default=given.get("data_dir"),
+        help="where TFDS keeps its data sets; TFDS's own otherwise",
     )
     data.add_argument(
         "--download", action="store_true", help="let TFDS download and prepare what is not there"
     )
     data.add_argument(
         "--train-split",
-        default="train",
+        default=given.get("train_split", "train"),
         metavar="SPLIT",
         help="split to train on; TFDS's slices such as train[:8] work",
     )
     data.add_argument(
         "--validation-split",
-        default="validation",
+        default=given.get("validation_split", "validation"),
         metavar="SPLIT",
         help="split to evaluate on",
     )
     run = parser.add_argument_group("run")
     run.add_argument(
-        "--output", required=True, metavar="DIR", help="new folder for all that the run writes"
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="new folder for all that the run writes, or that of the run to go on with",
+    )
+    run.add_argument(
+        "--strategy",
+        choices=STRATEGIES,
+        default="auto",
+        help="what to compute on; auto: all GPUs, of all workers that TF_CONFIG or Slurm name",
     )
     run.add_argument(
         "--jit-compile",
@@ -181,22 +289,44 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Re
         default=1,
         help="1: a progress bar; 2: a line an epoch; 0: neither",
     )
-    parser.add_arguments(Recipe, dest="recipe", default=RECIPES[chosen.recipe_name])
+    parser.add_arguments(Recipe, dest="recipe", default=start)
     options = parser.parse_args(arguments)
     return options, options.recipe
 
 
-def choose_strategy() -> tf.distribute.Strategy:
-    """All GPUs there are, or the one device there is."""
-    gpus = tf.config.list_logical_devices("GPU")
-    return tf.distribute.MirroredStrategy() if len(gpus) > 1 else tf.distribute.get_strategy()
+def recipe_of(configuration: dict, file: str) -> Recipe:
+    """The recipe in a run's configuration."""
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    unknown = sorted(set(configuration["recipe"]) - fields)
+    if unknown:
+        raise ValueError(f"{file!r} has a recipe with {unknown[0]!r}, which is no field of one.")
+    return Recipe(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in configuration["recipe"].items()
+        }
+    )
 
 
-def write_configuration(
-    output: Path, options: argparse.Namespace, recipe: Recipe, data: DetectionDataset
-) -> None:
-    """Writes what the run was asked for, resolved, and what its labels mean."""
-    configuration = {
+def check_numbers(recipe: Recipe, replicas: int) -> None:
+    """Raises ValueError for numbers of a recipe that make no run."""
+    if recipe.batch_size < 1 or recipe.batch_size % replicas:
+        raise ValueError(
+            f"--batch-size is a multiple of the {replicas} replicas; received {recipe.batch_size}."
+        )
+    for name in ("epochs", "evaluate_every", "checkpoint_steps", "keep_checkpoints"):
+        if getattr(recipe, name) < 1:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is at least 1; received {getattr(recipe, name)}.")
+    if recipe.average_decay is not None and not 0 < recipe.average_decay < 1:
+        raise ValueError(f"--average-decay is between 0 and 1; received {recipe.average_decay}.")
+    if recipe.clip_norm is not None and not recipe.clip_norm > 0:
+        raise ValueError(f"--clip-norm is above 0; received {recipe.clip_norm}.")
+
+
+def configuration_of(options: argparse.Namespace, recipe: Recipe, data: DetectionDataset) -> dict:
+    """What the run was asked for, resolved, and what its labels mean."""
+    return {
         "dataset": options.dataset,
         "data_dir": options.data_dir,
         "train_split": options.train_split,
@@ -210,7 +340,120 @@ def write_configuration(
             "tensorflow": tf.__version__,
         },
     }
-    (output / "config.json").write_text(json.dumps(configuration, indent=2) + "\n")
+
+
+def resume(
+    model: keras_fpn.FasterRCNN,
+    strategy: tf.distribute.Strategy,
+    output: Path,
+    configuration: dict,
+) -> RunState:
+    """Claims the output folder, and puts its last checkpoint into the model if there is one.
+
+    Worker 0 looks, and tells the others which checkpoint it found.
+    """
+    refused, none = -2, -1
+    answer, error = refused, None
+    if worker_index(strategy) == 0:
+        try:
+            file = claim_run(output, configuration)
+            answer = none if file is None else int(file.stem.removeprefix("step-"))
+        except (ValueError, OSError) as raised:
+            error = raised
+    answer = int(gather_from_workers(strategy, np.array([answer], np.int64))[0])
+    if error is not None:
+        raise error
+    if answer == refused:
+        raise ValueError(f"Worker 0 refuses --output {str(output)!r}; it says why.")
+    if answer == none:
+        return RunState()
+    files = [file for file in checkpoints(output / "checkpoints") if str(answer) in file.stem]
+    if not files:
+        raise FileNotFoundError(
+            f"Worker 0 goes on from step {answer}; {str(output)!r} has no such checkpoint here: "
+            "--output is a folder that all workers share."
+        )
+    return read_checkpoint(model, files[-1])
+
+
+def on_replicas(
+    strategy: tf.distribute.Strategy,
+    batch_size: int,
+    start_step: int,
+    batches: Callable[[int, int, int], tf.data.Dataset],
+) -> tf.data.Dataset | tf.distribute.DistributedDataset:
+    """The batches of each replica: its rows of the global ones."""
+    replicas = strategy.num_replicas_in_sync
+    if replicas == 1:
+        return batches(start_step, 0, 1)
+
+    def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        own = batches(start_step, context.input_pipeline_id, context.num_input_pipelines)
+        return own.rebatch(batch_size // replicas, drop_remainder=True).prefetch(2)
+
+    return strategy.distribute_datasets_from_function(of_worker)
+
+
+def describe(strategy: tf.distribute.Strategy) -> str:
+    replicas, workers = strategy.num_replicas_in_sync, num_workers(strategy)
+    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+    if isinstance(strategy, tf.distribute.TPUStrategy):
+        kind = "TPU"
+    return f"{replicas} {kind} replica(s)" + (f" of {workers} workers" if workers > 1 else "")
+
+
+@contextlib.contextmanager
+def exits_on_failure(strategy: tf.distribute.Strategy, output: Path) -> Iterator[None]:
+    """Ends the program with what to do about a failure from outside while it trains."""
+    go_on = f"The same command goes on from the last checkpoint in {output / 'checkpoints'}."
+    try:
+        yield
+    except Interrupted as interrupted:
+        if worker_index(strategy) == 0:
+            print(f"\n{interrupted}", flush=True)
+        sys.exit(128 + interrupted.signal_number)
+    except (FloatingPointError, OSError) as error:
+        sys.exit(f"\nerror: {error}")
+    except tf.errors.OpError as error:
+        message = error.message or str(error)
+        if num_workers(strategy) > 1 and ("ollective" in message or "task" in message):
+            lost = ", ".join(
+                sorted(set(re.findall(r"/job:\w+/(?:replica:\d+/)?task:\d+", message)))
+            )
+            exit_now(
+                f"error: a worker is lost ({lost or type(error).__name__}). Start all workers "
+                f"again with the same command. {go_on}"
+            )
+        if isinstance(error, _DATA_ERRORS):
+            sys.exit(
+                f"\nerror: the data can no longer be read: {reason_in(message)}. Bring back the "
+                f"data set. {go_on}"
+            )
+        raise
+
+
+_DATA_ERRORS = (
+    tf.errors.NotFoundError,
+    tf.errors.DataLossError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.UnknownError,
+)
+
+
+def reason_in(message: str) -> str:
+    """What went wrong, without TensorFlow's account of where in the graph."""
+    where = ("Graph execution error", "Detected at node", "<stack", "File ", "[[")
+    lines = (line.strip() for line in message.splitlines())
+    reason = next((line for line in lines if line and not line.startswith(where)), message)
+    return reason.rsplit("::", 1)[-1].split(": ", 1)[-1]
+
+
+def exit_now(message: str) -> NoReturn:
+    """Ends the process although TensorFlow's threads may wait for a worker that is gone."""
+    print(f"\n{message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
 
 
 # Argument of the builder to the field of a recipe that it comes from.
@@ -258,88 +501,21 @@ def resolved_recipe(recipe: Recipe, model: keras_fpn.FasterRCNN) -> Recipe:
 def build_optimizer(recipe: Recipe, steps_per_epoch: int) -> SGDWithL2:
     """The papers' SGD; rate and warm-up follow the batch by the linear rule."""
     scale = recipe.batch_size / 16
+    rate = recipe.learning_rate * scale
+    warmup_steps = min(round(recipe.warmup_steps / scale), steps_per_epoch)
+    if recipe.schedule == "cosine":
+        schedule = WarmupCosineDecay(rate, warmup_steps, recipe.epochs * steps_per_epoch)
+    else:
+        decay_steps = [epoch * steps_per_epoch for epoch in recipe.decay_epochs]
+        schedule = WarmupStepDecay(rate, warmup_steps, decay_steps)
     return SGDWithL2(
-        WarmupStepDecay(
-            recipe.learning_rate * scale,
-            warmup_steps=min(round(recipe.warmup_steps / scale), steps_per_epoch),
-            decay_steps=[epoch * steps_per_epoch for epoch in recipe.decay_epochs],
-        ),
+        schedule,
         momentum=recipe.momentum,
         l2=recipe.weight_decay,
+        global_clipnorm=recipe.clip_norm,
+        use_ema=recipe.average_decay is not None,
+        ema_momentum=recipe.average_decay or 0.99,
     )
-
-
-class ReportSkipped(keras.callbacks.Callback):
-    """Says at the end of each epoch what of the training data could not be used.
-
-    The whole list of images is in skipped.json, which is not there where nothing was skipped.
-    """
-
-    def __init__(self, report: SkipReport, output: Path):
-        super().__init__()
-        self.report = report
-        self.output = output
-
-    def on_epoch_end(self, epoch, logs=None):
-        report_skipped(self.report, "training data")
-        if str(self.report):
-            skipped = {"images": self.report.images(), "boxes": self.report.boxes()}
-            (self.output / "skipped.json").write_text(json.dumps(skipped, indent=2) + "\n")
-
-
-class EvaluateAndKeepBest(keras.callbacks.Callback):
-    """COCO's metrics of the validation split; the model of the best AP is kept as best.keras."""
-
-    def __init__(self, dataset: DetectionDataset, recipe: Recipe, output: Path):
-        super().__init__()
-        self.dataset = dataset
-        self.recipe = recipe
-        self.output = output
-        self.best = -1.0
-
-    def on_epoch_end(self, epoch, logs=None):
-        last = epoch + 1 == self.params["epochs"]
-        if (epoch + 1) % self.recipe.evaluate_every and not last:
-            return
-        metrics, _ = evaluate_detector(
-            self.model,
-            self.dataset,
-            batch_size=self.recipe.batch_size,
-            shorter_edge=self.recipe.evaluation_shorter_edge,
-            longest_edge=self.recipe.longest_edge,
-        )
-        print(f"\nEpoch {epoch + 1}: {format_metrics(metrics)}", flush=True)
-        logs.update({f"val_{name}": metrics[name] for name in COCO_METRICS})
-        if metrics["AP"] > self.best:
-            self.best = metrics["AP"]
-            self.model.save(self.output / "checkpoints" / "best.keras")
-        (self.output / "metrics.json").write_text(
-            json.dumps({"epoch": epoch + 1, "best_AP": self.best, **metrics}, indent=2) + "\n"
-        )
-
-
-class WriteHistory(keras.callbacks.Callback):
-    """A line of losses and metrics an epoch; metrics are empty where there was no evaluation.
-
-    Keras's CSVLogger has the columns of the first epoch only, in which there may be none.
-    """
-
-    COLUMNS = ("epoch", "loss", *LOSS_NAMES, *(f"val_{name}" for name in COCO_METRICS))
-
-    def __init__(self, file: Path):
-        super().__init__()
-        self.file = file
-
-    def on_epoch_end(self, epoch, logs=None):
-        with self.file.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, self.COLUMNS, restval="", extrasaction="ignore")
-            if stream.tell() == 0:
-                writer.writeheader()
-            writer.writerow({"epoch": epoch + 1, **logs})
-
-
-def on_gpu() -> bool:
-    return bool(tf.config.list_logical_devices("GPU"))
 
 
 if __name__ == "__main__":

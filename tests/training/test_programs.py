@@ -1,14 +1,25 @@
 """train.py, evaluate.py and predict.py on a tiny folder in COCO's layout."""
 
+import dataclasses
+import io
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import zipfile
 
+import h5py
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from training import evaluate, predict, train
+from training.callbacks import KeepState
+from training.pipeline import training_batches
 from training.recipes import RECIPES, Recipe
 
 CLASSES = ["bolt", "nut"]
@@ -53,8 +64,8 @@ def train_arguments(folder, output):
         f"--dataset {folder} --train-split train --validation-split train --output {output} "
         "--backbone resnet18 --pyramid-channels 8 --head-hidden-dim 8 --roi-samples 8 "
         "--rpn-training-proposals 20 --shorter-edges 64 --evaluation-shorter-edge 64 "
-        "--longest-edge 64 --batch-size 2 --steps-per-epoch 3 --epochs 1 --verbose 0 "
-        "--no-jit-compile"
+        "--longest-edge 64 --batch-size 2 --images-per-epoch 6 --epochs 1 --verbose 0 "
+        "--checkpoint-steps 2 --no-jit-compile"
     ).split()
 
 
@@ -73,7 +84,8 @@ def test_a_run_leaves_configuration_checkpoints_logs_and_metrics(run, folder):
     assert configuration["category_ids"] == CATEGORY_IDS
     assert configuration["recipe"]["pyramid_channels"] == 8
     assert configuration["recipe"]["momentum"] == Recipe.momentum
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.keras", "last.keras"}
+    checkpoints = {"best.keras", "step-00000002.keras", "step-00000003.keras"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == checkpoints
     assert list((run / "logs").rglob("events.out.tfevents.*"))
     header, *epochs = (run / "history.csv").read_text().splitlines()
     assert {"loss", "rpn_box_loss", "val_AP"} <= set(header.split(","))
@@ -102,7 +114,7 @@ def test_a_checkpoint_loads_in_a_process_that_imports_keras_fpn_alone(run):
         "import keras, keras_fpn, sys; "
         "print(keras.saving.load_model(sys.argv[1]).optimizer.iterations.numpy())"
     )
-    checkpoint = str(run / "checkpoints" / "last.keras")
+    checkpoint = str(run / "checkpoints" / "step-00000003.keras")
     command = [sys.executable, "-c", program, checkpoint]
     loaded = subprocess.run(command, capture_output=True, text=True, check=False)
     assert loaded.stdout.strip() == "3", loaded.stderr
@@ -135,11 +147,120 @@ def test_predict_draws_pictures_and_writes_coco_results(run, folder, tmp_path, c
         assert 0 <= y <= y + height <= 48.001
 
 
-def test_a_run_is_never_written_over(run, folder):
+def arrays_of(run):
+    """Every array of a run's last checkpoint: weights, optimizer, samplers' seeds, loss means."""
+    with zipfile.ZipFile(run / "checkpoints" / "step-00000003.keras") as archive:
+        content = io.BytesIO(archive.read("model.weights.h5"))
+    arrays = {}
+    with h5py.File(content) as file:
+        file.visititems(
+            lambda name, item: arrays.update({name: item[()]}) if hasattr(item, "dtype") else None
+        )
+    return arrays
+
+
+def test_a_run_that_is_stopped_goes_on_and_ends_with_the_same_weights(run, folder, tmp_path):
+    output = tmp_path / "stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        # The signal comes during the second step.
+        patch.setattr(
+            KeepState,
+            "on_train_batch_begin",
+            lambda self, batch, logs=None: (
+                os.kill(os.getpid(), signal.SIGTERM) if batch == 1 else None
+            ),
+        )
+        with pytest.raises(SystemExit) as stopped:
+            train.main(train_arguments(folder, output))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert [file.name for file in output.glob("checkpoints/*")] == ["step-00000002.keras"]
+    train.main(train_arguments(folder, output))
+    undisturbed, resumed = arrays_of(run), arrays_of(output)
+    assert set(undisturbed) == set(resumed)
+    assert any("seed" in name for name in undisturbed)
+    for name, array in undisturbed.items():
+        assert array.tobytes() == resumed[name].tobytes(), name
+    assert (output / "metrics.json").read_text() == (run / "metrics.json").read_text()
+    losses = [line.split(",")[:6] for line in (run / "history.csv").read_text().splitlines()]
+    again = [line.split(",")[:6] for line in (output / "history.csv").read_text().splitlines()]
+    assert again == losses
+
+
+def test_a_run_that_has_ended_says_so_and_stays_as_it_is(run, folder, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    train.main(train_arguments(folder, run))
+    assert "has ended; its page is" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_of_another_recipe_is_never_written_over(run, folder, tmp_path):
     before = (run / "config.json").read_bytes()
-    with pytest.raises(SystemExit, match="holds another run"):
-        train.main(train_arguments(folder, run))
+    with pytest.raises(SystemExit, match=r"holds a run with learning_rate 0.02, this command says"):
+        train.main([*train_arguments(folder, run), "--learning-rate", "0.5"])
     assert (run / "config.json").read_bytes() == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="is there and not empty"):
+        train.main(train_arguments(folder, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_page_of_a_run_shows_its_curves_tables_and_images(run):
+    page = (run / "report.html").read_text()
+    for heading in ("Losses", "COCO metrics", "Classes", "Best images", "Worst images", "Recipe"):
+        assert f"<h2>{heading}</h2>" in page
+    assert "<td>bolt</td>" in page
+    assert "http" not in page
+    assert (run / "steps.csv").read_text().startswith("step,loss,objectness_loss")
+
+
+def nan_in_image(image_id):
+    """The pipeline, with an image in it whose pixels are no numbers."""
+
+    def batches(*arguments, **options):
+        def spoil(inputs, targets):
+            is_image = targets["image_ids"][:, None, None, None] == image_id
+            return inputs | {"images": tf.where(is_image, np.nan, inputs["images"])}, targets
+
+        return training_batches(*arguments, **options).map(spoil)
+
+    return batches
+
+
+def test_a_loss_that_is_no_number_names_its_images_and_keeps_the_batch(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "training_batches", nan_in_image(12))
+    output = tmp_path / "nan"
+    with pytest.raises(
+        SystemExit, match=r"not finite at step \d, in the batch of the images"
+    ) as end:
+        train.main([*train_arguments(folder, output), "--images-per-epoch", "12"])
+    named = [int(x) for x in re.search(r"ids \[(.*?)\]", str(end.value))[1].split(",")]
+    assert 12 in named
+    (file,) = output.glob("nan-step-*.npz")
+    with np.load(file) as batch:
+        assert batch["image_ids"].tolist() == named
+        assert np.isnan(batch["images"][named.index(12)]).all()
+    # What was saved before is not spoilt.
+    for checkpoint in output.glob("checkpoints/*.keras"):
+        with zipfile.ZipFile(checkpoint) as archive:
+            assert archive.testzip() is None
+
+
+def test_data_that_vanish_end_the_run_with_what_to_do(folder, tmp_path, monkeypatch):
+    mine, output = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(folder, mine)
+
+    def vanish(self, batch, logs=None):
+        if batch == 3:
+            shutil.rmtree(mine / "train")
+
+    monkeypatch.setattr(KeepState, "on_train_batch_begin", vanish)
+    with pytest.raises(SystemExit, match=r"the data can no longer be read: .*train.*Bring back"):
+        train.main([*train_arguments(mine, output), "--images-per-epoch", "400"])
+    for checkpoint in [*output.glob("checkpoints/step-*.keras")] or [None]:
+        with zipfile.ZipFile(checkpoint) as archive:
+            assert archive.testzip() is None
 
 
 def test_bad_input_ends_in_one_sentence(run, folder, tmp_path):
@@ -174,6 +295,27 @@ def test_options_change_the_recipe_they_start_from():
     assert recipe.backbone == RECIPES["demo"].backbone
     _, plain = train.parse_arguments(["--dataset=x", "--output=y"])
     assert plain == Recipe()
+
+
+def test_the_configuration_of_a_run_can_be_given_back(run, folder):
+    config = str(run / "config.json")
+    options, recipe = train.parse_arguments(["--config", config, "--output=y", "--epochs=7"])
+    assert (options.dataset, options.train_split) == (str(folder), "train")
+    assert (recipe.pyramid_channels, recipe.shorter_edges, recipe.epochs) == (8, (64,), 7)
+    with pytest.raises(SystemExit, match=r"A run's config.json is wanted; .* is none"):
+        train.parse_arguments(["--config", str(run / "gone.json"), "--output=y"])
+
+
+@pytest.mark.parametrize("batch_size", [16, 4])
+def test_the_paper_recipe_sees_what_the_paper_saw(batch_size):
+    # FPN, section 5.2: 60k steps of 16 images at 0.02, then 20k at 0.002.
+    paper = dataclasses.replace(RECIPES["paper"], batch_size=batch_size)
+    steps = paper.images_per_epoch // batch_size
+    assert paper.epochs * steps * batch_size == 80_000 * 16
+    config = train.build_optimizer(paper, steps).get_config()["learning_rate"]["config"]
+    assert config["learning_rate"] == pytest.approx(0.02 * batch_size / 16)
+    assert config["decay_steps"] == (60_000 * 16 // batch_size,)
+    assert config["warmup_steps"] == 0
 
 
 def test_the_rate_follows_the_batch_by_the_linear_rule():

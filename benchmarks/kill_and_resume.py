@@ -1,0 +1,147 @@
+"""Kills a run at random, starts it again each time, and compares it with one left alone.
+
+    python benchmarks/kill_and_resume.py --output /tmp/kills --kills 20
+
+Two runs of the demo's recipe train on the demo's data. One is left alone. The other is killed with
+SIGKILL, half of the times at a random moment after its start and half of the times while it writes
+a checkpoint, and started again with the same command. At the end every array of both last
+checkpoints is compared bit for bit: weights, batch norms' statistics, momentum, step count,
+samplers' seeds.
+"""
+
+import argparse
+import contextlib
+import io
+import random
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", required=True, type=Path, help="new folder for data and runs")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--longest-life", type=float, default=60, help="seconds (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    options, of_training = parser.parse_known_args()
+    options.output.mkdir(parents=True)
+    data = options.output / "data"
+    run_program("demo_dataset.py", "--data-dir", data)
+    command = [
+        *("--recipe", "demo", "--dataset", "keras_fpn_shapes", "--data-dir", data),
+        *("--verbose", "0", *of_training, "--output"),
+    ]
+
+    started = time.time()
+    run_program("train.py", *command, options.output / "alone")
+    print(f"undisturbed: {time.time() - started:.0f} s", flush=True)
+
+    moments = random.Random(options.seed)
+    killed = options.output / "killed"
+    counts = {"at a random moment": 0, "while a checkpoint was written": 0}
+    started = time.time()
+    for number in range(options.kills):
+        process, begun = start_program("train.py", *command, killed), time.time()
+        kind = list(counts)[number % 2]
+        if kind == "at a random moment":
+            end = begun + moments.uniform(0, options.longest_life)
+            wait(process, lambda end=end: time.time() > end)
+        else:
+            wait_for_writing(process, killed, begun, moments.randint(1, 3))
+            time.sleep(moments.uniform(0, 0.03))
+        if process.poll() is not None:
+            print(f"the run ended after {number} kills, with code {process.returncode}")
+            break
+        process.kill()
+        process.wait()
+        unfinished = unfinished_checkpoints(killed, begun)
+        counts[kind] += 1
+        last = max((file.name for file in killed.glob("checkpoints/step-*")), default="none")
+        print(
+            f"kill {number + 1} {kind}; last whole checkpoint: {last}"
+            f"{'; one left unfinished' if unfinished else ''}",
+            flush=True,
+        )
+    run_program("train.py", *command, killed)
+    print(f"disturbed: {time.time() - started:.0f} s", flush=True)
+
+    alone, disturbed = (last_checkpoint(options.output / name) for name in ("alone", "killed"))
+    differing = [
+        name
+        for name in sorted(alone.keys() | disturbed.keys())
+        if name not in alone
+        or name not in disturbed
+        or alone[name].tobytes() != disturbed[name].tobytes()
+    ]
+    print(
+        f"{sum(counts.values())} SIGKILLs ("
+        + ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        + f"): {len(alone) - len(differing)} of {len(alone)} arrays bit-identical"
+    )
+    sys.exit(f"different: {differing}" if differing else 0)
+
+
+def start_program(name: str, *arguments: str | Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, ROOT / "training" / name, *map(str, arguments)])
+
+
+def run_program(name: str, *arguments: str | Path) -> None:
+    process = start_program(name, *arguments)
+    if process.wait() != 0:
+        sys.exit(f"{name} ended with code {process.returncode}")
+
+
+def wait(process: subprocess.Popen, is_time) -> None:
+    while not is_time() and process.poll() is None:
+        time.sleep(0.001)
+
+
+def wait_for_writing(process: subprocess.Popen, run: Path, begun: float, number: int) -> None:
+    """Until a process that began at a time writes its checkpoint of a number, from 1 on."""
+    seen = set()
+
+    def is_time() -> bool:
+        seen.update(file.name for file in unfinished_checkpoints(run, begun))
+        return len(seen) >= number
+
+    wait(process, is_time)
+
+
+def unfinished_checkpoints(run: Path, since: float) -> list[Path]:
+    """Checkpoints that were begun after a time, and do not have their name yet."""
+    found = []
+    for file in run.glob("checkpoints/.partial-step-*"):
+        # It may just get its name.
+        with contextlib.suppress(FileNotFoundError):
+            if file.stat().st_mtime >= since:
+                found.append(file)
+    return found
+
+
+def last_checkpoint(run: Path) -> dict[str, np.ndarray]:
+    """Every array of a run's last checkpoint by its name."""
+    file = max(run.glob("checkpoints/step-*.keras"))
+    arrays = {}
+    with zipfile.ZipFile(file) as archive:
+        content = io.BytesIO(archive.read("model.weights.h5"))
+    with h5py.File(content) as weights:
+        weights.visititems(
+            lambda name, item: (
+                arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+            )
+        )
+    return arrays
+
+
+if __name__ == "__main__":
+    main()
