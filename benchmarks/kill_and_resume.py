@@ -1,22 +1,28 @@
 """Kills a run at random, starts it again each time, and compares it with one left alone.
 
     python benchmarks/kill_and_resume.py --output /tmp/kills --kills 20
+    python benchmarks/kill_and_resume.py --output /tmp/workers --kills 2 --workers 2
 
 Two runs of the demo's recipe train on the demo's data. One is left alone. The other is killed with
 SIGKILL, half of the times at a random moment after its start and half of the times while it writes
-a checkpoint, and started again with the same command. At the end every array of both last
-checkpoints is compared bit for bit: weights, batch norms' statistics, momentum, step count,
-samplers' seeds.
+a checkpoint, and started again with the same command. Of several workers, on loopback, one is
+killed, and the time is taken until the others have ended by themselves. At the end every array of
+both last checkpoints is compared bit for bit: weights, batch norms' statistics, momentum, step
+count, samplers' seeds. Options that it does not know go to train.py.
 """
 
 import argparse
 import contextlib
 import io
+import json
+import os
 import random
+import socket
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -31,19 +37,20 @@ def main() -> None:
     )
     parser.add_argument("--output", required=True, type=Path, help="new folder for data and runs")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--longest-life", type=float, default=60, help="seconds (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     options, of_training = parser.parse_known_args()
     options.output.mkdir(parents=True)
     data = options.output / "data"
-    run_program("demo_dataset.py", "--data-dir", data)
+    finish([start_program("demo_dataset.py", "--data-dir", data)])
     command = [
-        *("--recipe", "demo", "--dataset", "keras_fpn_shapes", "--data-dir", data),
+        *("train.py", "--recipe", "demo", "--dataset", "keras_fpn_shapes", "--data-dir", data),
         *("--verbose", "0", *of_training, "--output"),
     ]
 
     started = time.time()
-    run_program("train.py", *command, options.output / "alone")
+    finish(start_workers(options.workers, *command, options.output / "alone"))
     print(f"undisturbed: {time.time() - started:.0f} s", flush=True)
 
     moments = random.Random(options.seed)
@@ -51,28 +58,35 @@ def main() -> None:
     counts = {"at a random moment": 0, "while a checkpoint was written": 0}
     started = time.time()
     for number in range(options.kills):
-        process, begun = start_program("train.py", *command, killed), time.time()
+        begun = time.time()
+        processes = start_workers(options.workers, *command, killed)
         kind = list(counts)[number % 2]
         if kind == "at a random moment":
             end = begun + moments.uniform(0, options.longest_life)
-            wait(process, lambda end=end: time.time() > end)
+            wait(processes, lambda end=end: time.time() > end)
         else:
-            wait_for_writing(process, killed, begun, moments.randint(1, 3))
+            wait_for_writing(processes, killed, begun, moments.randint(1, 3))
             time.sleep(moments.uniform(0, 0.03))
-        if process.poll() is not None:
-            print(f"the run ended after {number} kills, with code {process.returncode}")
+        if any(process.poll() is not None for process in processes):
+            print(f"the run ended after {number} kills")
             break
-        process.kill()
-        process.wait()
+        # Worker 0 is the one that writes.
+        victim = 0 if number % 2 else options.workers - 1
+        processes[victim].kill()
         unfinished = unfinished_checkpoints(killed, begun)
+        at = time.time()
+        codes = [process.wait() for process in processes]
+        others = ""
+        if options.workers > 1:
+            others = f" (worker {victim}; the others ended after {time.time() - at:.0f} s: {codes})"
         counts[kind] += 1
         last = max((file.name for file in killed.glob("checkpoints/step-*")), default="none")
         print(
-            f"kill {number + 1} {kind}; last whole checkpoint: {last}"
+            f"kill {number + 1} {kind}{others}; last whole checkpoint: {last}"
             f"{'; one left unfinished' if unfinished else ''}",
             flush=True,
         )
-    run_program("train.py", *command, killed)
+    finish(start_workers(options.workers, *command, killed))
     print(f"disturbed: {time.time() - started:.0f} s", flush=True)
 
     alone, disturbed = (last_checkpoint(options.output / name) for name in ("alone", "killed"))
@@ -91,22 +105,48 @@ def main() -> None:
     sys.exit(f"different: {differing}" if differing else 0)
 
 
-def start_program(name: str, *arguments: str | Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, ROOT / "training" / name, *map(str, arguments)])
+def start_program(
+    name: str, *arguments: str | Path, tf_config: dict | None = None
+) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
+    if tf_config is not None:
+        environment["TF_CONFIG"] = json.dumps(tf_config)
+    command = [sys.executable, ROOT / "training" / name, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment)
 
 
-def run_program(name: str, *arguments: str | Path) -> None:
-    process = start_program(name, *arguments)
-    if process.wait() != 0:
-        sys.exit(f"{name} ended with code {process.returncode}")
+def start_workers(number: int, *command: str | Path) -> list[subprocess.Popen]:
+    """One process, or several that know of each other."""
+    if number == 1:
+        return [start_program(*command)]
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    workers = [f"127.0.0.1:{server.getsockname()[1]}" for server in servers]
+    for server in servers:
+        server.close()
+    return [
+        start_program(
+            *command,
+            tf_config={"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}},
+        )
+        for index in range(number)
+    ]
 
 
-def wait(process: subprocess.Popen, is_time) -> None:
-    while not is_time() and process.poll() is None:
+def finish(processes: list[subprocess.Popen]) -> None:
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        sys.exit(f"a program ended with code {codes}")
+
+
+def wait(processes: list[subprocess.Popen], is_time: Callable[[], bool]) -> None:
+    """Until it is time, or one of the processes has ended."""
+    while not is_time() and all(process.poll() is None for process in processes):
         time.sleep(0.001)
 
 
-def wait_for_writing(process: subprocess.Popen, run: Path, begun: float, number: int) -> None:
+def wait_for_writing(
+    processes: list[subprocess.Popen], run: Path, begun: float, number: int
+) -> None:
     """Until a process that began at a time writes its checkpoint of a number, from 1 on."""
     seen = set()
 
@@ -114,7 +154,7 @@ def wait_for_writing(process: subprocess.Popen, run: Path, begun: float, number:
         seen.update(file.name for file in unfinished_checkpoints(run, begun))
         return len(seen) >= number
 
-    wait(process, is_time)
+    wait(processes, is_time)
 
 
 def unfinished_checkpoints(run: Path, since: float) -> list[Path]:
