@@ -34,112 +34,15 @@ def read_image_size(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         `size`: int32 `[2]`, height and width in pixels, `[0, 0]` where the file is refused;
         `problem`: string scalar, why the file is refused, empty where it is not.
     """
-    header = tf.strings.substr(image_bytes, 0, _HEADER_BYTES)
-    header = tf.strings.substr(header + b"\0" * _HEADER_BYTES, 0, _HEADER_BYTES)
-    byte = tf.cast(tf.ensure_shape(tf.io.decode_raw(header, tf.uint8), [_HEADER_BYTES]), tf.int64)
-
-    def number(*positions: int) -> tf.Tensor:
-        """The unsigned number whose bytes stand at `positions`, the highest first."""
-        return tf.add_n([byte[p] * 256**n for n, p in enumerate(reversed(positions))])
-
-    def has(text: bytes, position: int = 0) -> tf.Tensor:
-        return tf.equal(tf.strings.substr(header, position, len(text)), text)
-
-    is_jpeg = has(b"\xff\xd8\xff")
-    is_png = has(b"\x89PNG\r\n\x1a\n")
-    is_gif = has(b"GIF87a") | has(b"GIF89a")
-    is_bmp = has(b"BM")
-    is_webp = has(b"RIFF") & has(b"WEBP", 8)
-    nothing = tf.zeros([2], tf.int64)
-
-    # Asked only of JPEGs: libjpeg writes a line to stderr about every other file.
-    jpeg_size = tf.cond(
-        is_jpeg,
-        lambda: _first_success(
-            lambda content: tf.cast(tf.io.extract_jpeg_shape(content)[:2], tf.int64),
-            image_bytes,
-            nothing,
-        ),
-        lambda: nothing,
+    # JPEGs apart: libjpeg writes a line to stderr about every other file, and JPEGs, which most
+    # files are, need none of the many small ops for the rest.
+    size, problem = tf.cond(
+        tf.equal(tf.strings.substr(image_bytes, 0, 3), b"\xff\xd8\xff"),
+        lambda: _check_size(_jpeg_size(image_bytes), tf.constant("")),
+        lambda: _read_other_size(image_bytes),
     )
-    # TensorFlow's decoder passes over chunks before the one that holds the size.
-    png_size = tf.stack([number(20, 21, 22, 23), number(16, 17, 18, 19)])
-    png_size = tf.where(has(b"\0\0\0\rIHDR", 8), png_size, 0)
-    # The decoder takes the size of the frames, whatever the canvas is.
-    gif_size = tf.stack([number(9, 8), number(7, 6)])
-    gif_frame = tf.cond(
-        is_gif, lambda: _first_gif_frame(image_bytes)[0], lambda: tf.zeros([4], tf.int64)
-    )
-    # The height of a BMP is negative where its rows run from top to bottom.
-    bmp_height = number(25, 24, 23, 22)
-    bmp_height = tf.where(bmp_height >= 2**31, 2**32 - bmp_height, bmp_height)
-    bmp_bits, bmp_compression = number(29, 28), number(33, 32, 31, 30)
-    is_plain_bmp = (number(17, 16, 15, 14) >= 40) & (
-        (tf.equal(bmp_bits, 8) & tf.equal(bmp_compression, 0))
-        | tf.equal(bmp_bits, 24)
-        | tf.equal(bmp_bits, 32)
-    )
-    # A WebP begins with its canvas (VP8X), or with its only image, lossless (VP8L) or not (VP8).
-    # libwebp refuses a still image of another size than its canvas.
-    is_canvas = has(b"VP8X", 12)
-    lossless_bits = number(24, 23, 22, 21)
-    webp_size = nothing
-    for is_kind, kind_size in (
-        (is_canvas, [1 + number(29, 28, 27), 1 + number(26, 25, 24)]),
-        (
-            has(b"VP8L", 12) & has(b"\x2f", 20),
-            [1 + lossless_bits // 2**14 % 2**14, 1 + lossless_bits % 2**14],
-        ),
-        (
-            has(b"VP8 ", 12) & has(b"\x9d\x01\x2a", 23),
-            [number(29, 28) % 2**14, number(27, 26) % 2**14],
-        ),
-    ):
-        webp_size = tf.where(is_kind, tf.stack(kind_size), webp_size)
-
-    size = nothing
-    for is_format, format_size in (
-        (is_jpeg, jpeg_size),
-        (is_png, png_size),
-        (is_gif, tf.where(gif_frame[3] > 0, gif_size, 0)),
-        (is_bmp, tf.stack([bmp_height, number(21, 20, 19, 18)])),
-        (is_webp, webp_size),
-    ):
-        size = tf.where(is_format, format_size, size)
-
-    problem = tf.constant("")
-    for is_problem, text in (
-        (
-            is_gif & tf.reduce_any(gif_frame != tf.concat([nothing, gif_size], 0)),
-            "a GIF whose first frame does not fill its canvas",
-        ),
-        (
-            is_bmp & ~is_plain_bmp,
-            tf.strings.format(
-                "a BMP of {} bits a pixel, compression {}, which TensorFlow cannot decode",
-                (bmp_bits, bmp_compression),
-            ),
-        ),
-        # TensorFlow reads only those with an alpha channel, and others past the end of its memory
-        # where it is asked for any number of channels.
-        (
-            is_webp & is_canvas & tf.equal(byte[20] // 2 % 2, 1),
-            "an animated WebP; a still one is wanted",
-        ),
-        (
-            size[0] * size[1] > MAX_PIXELS,
-            tf.strings.format("claims {}x{} pixels", (size[1], size[0])),
-        ),
-        (tf.reduce_min(size) < 1, "damaged header"),
-        (
-            ~(is_jpeg | is_png | is_gif | is_bmp | is_webp),
-            "not a JPEG, PNG, GIF, BMP or WebP file",
-        ),
-        (tf.strings.length(image_bytes) == 0, "empty file"),
-    ):
-        problem = tf.where(is_problem, text, problem)
     size = tf.where(tf.equal(problem, ""), size, tf.zeros_like(size))
-    return tf.cast(size, tf.int32), problem
+    return tf.cast(tf.ensure_shape(size, [2]), tf.int32), tf.ensure_shape(problem, [])
 
 
 def decode_image(image_bytes: tf.Tensor) -> tf.Tensor:
@@ -219,6 +122,123 @@ def read_image(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     problem = tf.where(is_whole, problem, "truncated or damaged")
     image = tf.cond(tf.equal(problem, ""), lambda: image, lambda: nothing)
     return tf.ensure_shape(image, [None, None, 3]), problem
+
+
+def _jpeg_size(image_bytes: tf.Tensor) -> tf.Tensor:
+    return _first_success(
+        lambda content: tf.cast(tf.io.extract_jpeg_shape(content)[:2], tf.int64),
+        image_bytes,
+        tf.zeros([2], tf.int64),
+    )
+
+
+def _check_size(size: tf.Tensor, problem: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The size, int64 `[2]`, and the problem, or that of a size which no image has."""
+    for is_problem, text in (
+        (
+            size[0] * size[1] > MAX_PIXELS,
+            tf.strings.format("claims {}x{} pixels", (size[1], size[0])),
+        ),
+        (tf.reduce_min(size) < 1, "damaged header"),
+    ):
+        problem = tf.where(is_problem, text, problem)
+    return size, problem
+
+
+def _read_other_size(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Height and width, int64 `[2]`, and the problem of a file that is no JPEG."""
+    header = tf.strings.substr(image_bytes, 0, _HEADER_BYTES)
+    header = tf.strings.substr(header + b"\0" * _HEADER_BYTES, 0, _HEADER_BYTES)
+    byte = tf.cast(tf.ensure_shape(tf.io.decode_raw(header, tf.uint8), [_HEADER_BYTES]), tf.int64)
+
+    def number(*positions: int) -> tf.Tensor:
+        """The unsigned number whose bytes stand at `positions`, the highest first."""
+        return tf.add_n([byte[p] * 256**n for n, p in enumerate(reversed(positions))])
+
+    def has(text: bytes, position: int = 0) -> tf.Tensor:
+        return tf.equal(tf.strings.substr(header, position, len(text)), text)
+
+    is_png = has(b"\x89PNG\r\n\x1a\n")
+    is_gif = has(b"GIF87a") | has(b"GIF89a")
+    is_bmp = has(b"BM")
+    is_webp = has(b"RIFF") & has(b"WEBP", 8)
+    nothing = tf.zeros([2], tf.int64)
+
+    # TensorFlow's decoder passes over chunks before the one that holds the size.
+    png_size = tf.stack([number(20, 21, 22, 23), number(16, 17, 18, 19)])
+    png_size = tf.where(has(b"\0\0\0\rIHDR", 8), png_size, 0)
+    # The decoder takes the size of the frames, whatever the canvas is.
+    gif_size = tf.stack([number(9, 8), number(7, 6)])
+    gif_frame = tf.cond(
+        is_gif, lambda: _first_gif_frame(image_bytes)[0], lambda: tf.zeros([4], tf.int64)
+    )
+    # The height of a BMP is negative where its rows run from top to bottom.
+    bmp_height = number(25, 24, 23, 22)
+    bmp_height = tf.where(bmp_height >= 2**31, 2**32 - bmp_height, bmp_height)
+    bmp_bits, bmp_compression = number(29, 28), number(33, 32, 31, 30)
+    is_plain_bmp = (number(17, 16, 15, 14) >= 40) & (
+        (tf.equal(bmp_bits, 8) & tf.equal(bmp_compression, 0))
+        | tf.equal(bmp_bits, 24)
+        | tf.equal(bmp_bits, 32)
+    )
+    # A WebP begins with its canvas (VP8X), or with its only image, lossless (VP8L) or not (VP8).
+    # libwebp refuses a still image of another size than its canvas.
+    is_canvas = has(b"VP8X", 12)
+    lossless_bits = number(24, 23, 22, 21)
+    webp_size = nothing
+    for is_kind, kind_size in (
+        (is_canvas, [1 + number(29, 28, 27), 1 + number(26, 25, 24)]),
+        (
+            has(b"VP8L", 12) & has(b"\x2f", 20),
+            [1 + lossless_bits // 2**14 % 2**14, 1 + lossless_bits % 2**14],
+        ),
+        (
+            has(b"VP8 ", 12) & has(b"\x9d\x01\x2a", 23),
+            [number(29, 28) % 2**14, number(27, 26) % 2**14],
+        ),
+    ):
+        webp_size = tf.where(is_kind, tf.stack(kind_size), webp_size)
+
+    size = nothing
+    for is_format, format_size in (
+        (is_png, png_size),
+        (is_gif, tf.where(gif_frame[3] > 0, gif_size, 0)),
+        (is_bmp, tf.stack([bmp_height, number(21, 20, 19, 18)])),
+        (is_webp, webp_size),
+    ):
+        size = tf.where(is_format, format_size, size)
+
+    problem = tf.constant("")
+    for is_problem, text in (
+        (
+            is_gif & tf.reduce_any(gif_frame != tf.concat([nothing, gif_size], 0)),
+            "a GIF whose first frame does not fill its canvas",
+        ),
+        (
+            is_bmp & ~is_plain_bmp,
+            tf.strings.format(
+                "a BMP of {} bits a pixel, compression {}, which TensorFlow cannot decode",
+                (bmp_bits, bmp_compression),
+            ),
+        ),
+        # TensorFlow reads only those with an alpha channel, and others past the end of its memory
+        # where it is asked for any number of channels.
+        (
+            is_webp & is_canvas & tf.equal(byte[20] // 2 % 2, 1),
+            "an animated WebP; a still one is wanted",
+        ),
+    ):
+        problem = tf.where(is_problem, text, problem)
+    size, problem = _check_size(size, problem)
+    for is_problem, text in (
+        (
+            ~(is_png | is_gif | is_bmp | is_webp),
+            "not a JPEG, PNG, GIF, BMP or WebP file",
+        ),
+        (tf.strings.length(image_bytes) == 0, "empty file"),
+    ):
+        problem = tf.where(is_problem, text, problem)
+    return size, problem
 
 
 def _decode_bmp(content: tf.Tensor) -> tf.Tensor:
