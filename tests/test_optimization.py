@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_fpn.optimization import SGDWithL2, WarmupStepDecay
+from keras_fpn.optimization import SGDWithL2, WarmupCosineDecay, WarmupStepDecay
 
 
 def test_l2_enters_the_velocity_of_kernels_and_leaves_biases_alone():
@@ -28,7 +28,21 @@ def test_the_rate_rises_in_a_line_and_falls_in_steps():
     assert rates == pytest.approx(expected, rel=1e-5)
 
 
-def test_both_survive_serialization():
+def test_the_rate_rises_in_a_line_and_falls_along_a_cosine():
+    schedule = WarmupCosineDecay(0.02, warmup_steps=4, total_steps=60)
+    rates = [float(schedule(step)) for step in (0, 20, 30, 40, 60, 100)]
+    # Cosines of 0, 60, 90, 120 and 180 degrees.
+    expected = [0.02 / 4, 0.02 * 0.75, 0.02 * 0.5, 0.02 * 0.25, 0.0, 0.0]
+    assert rates == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_a_cosine_schedule_survives_serialization():
+    schedule = WarmupCosineDecay(0.02, 5, 70)
+    copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(schedule))
+    assert copy.get_config() == {"learning_rate": 0.02, "warmup_steps": 5, "total_steps": 70}
+
+
+def test_optimizer_and_steps_survive_serialization():
     optimizer = SGDWithL2(WarmupStepDecay(0.02, 5, (7,)), l2=3e-4)
     copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))
     assert copy.get_config() == optimizer.get_config()

@@ -88,6 +88,22 @@ def test_images_are_resized_and_padded_and_boxes_go_with_them(coco_folder, encod
     assert not targets["boxes"][0, 1:].numpy().any()
 
 
+def test_pixels_for_training_are_rounded_to_whole_grey_values(coco_folder, encode):
+    image = np.random.default_rng(0).integers(0, 256, (20, 33, 3), np.uint8)
+    objects = [{"image_id": 10, "bbox": [3, 4, 6, 10]}]
+    folder = coco_folder({"a.png": encode(image)}, objects, size=(20, 33))
+    batches = training_batches(
+        load_dataset(folder, "train"), 1, shorter_edges=[30], longest_edge=47, horizontal_flip=False
+    )
+    [(inputs, _)] = list(batches.take(1))
+    pixels = inputs["images"][0].numpy()
+    assert pixels.dtype == np.uint8
+    exact = bilinear(image, 28, 47)
+    assert np.abs(pixels[:28, :47] - exact).max() < 0.5 + 1e-3
+    assert not pixels[28:].any()
+    assert not pixels[:, 47:].any()
+
+
 def test_a_flip_mirrors_the_image_and_its_boxes(coco_folder, encode):
     image = np.zeros((32, 48, 3), np.uint8)
     image[4:12, 6:18] = 255
