@@ -154,12 +154,12 @@ def _draw_losses(axes, steps) -> None:
         rate = axes.twinx()
         rate.plot(*zip(*points, strict=True), color="0.6", linestyle=":", label="learning rate")
         rate.set_ylabel("learning rate (dotted)")
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper right")
 
 
 def _epochs_figure(history) -> str:
     rows = [row for row in history if row.get("val_AP", -1) >= 0]
-    if not rows:
+    if len(rows) < 2:  # One point says no more than the table.
         return ""
 
     def draw(axes):

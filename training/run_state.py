@@ -151,7 +151,8 @@ def read_checkpoint(model: keras.Model, file: Path) -> RunState:
             warnings.filterwarnings("error", message=".*optimizer.*")
             model.load_weights(file)
     except (ValueError, UserWarning, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # What follows names one of the layers and goes on over many lines.
+        reason = str(error).strip().splitlines()[0].split(" Example error message")[0]
         raise ValueError(
             f"Checkpoint {file} is of another architecture than the one this run builds: train "
             "into another --output, or give its own run's config.json by --config. Keras says: "

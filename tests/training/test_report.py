@@ -121,9 +121,10 @@ def test_the_report_shows_curves_metrics_and_the_best_and_the_worst_images(write
     found.append(result(4, [50, 0, 20, 20], 0.8))
     steps = [{"step": s, "loss": 1.0, "learning_rate": 0.1} for s in (1, 2)]
     steps = [row | dict.fromkeys(LOSS_NAMES, 0.25) for row in steps]
-    page = write(
-        truth, found, steps, [{"epoch": 2, "val_AP": 0.5, "val_AP50": 0.6, "val_AP75": 0.4}]
-    )
+    history = [
+        {"epoch": epoch, "val_AP": 0.5, "val_AP50": 0.6, "val_AP75": 0.4} for epoch in (1, 2)
+    ]
+    page = write(truth, found, steps, history)
     best, worst = page.split("Worst images")
     best = best.split("Best images")[1]
     assert re.findall(r"(\d).jpg \(id \d\): F1 (....)</fig", best) == [
