@@ -219,7 +219,8 @@ def nan_in_image(image_id):
     def batches(*arguments, **options):
         def spoil(inputs, targets):
             is_image = targets["image_ids"][:, None, None, None] == image_id
-            return inputs | {"images": tf.where(is_image, np.nan, inputs["images"])}, targets
+            images = tf.cast(inputs["images"], tf.float32)
+            return inputs | {"images": tf.where(is_image, np.nan, images)}, targets
 
         return training_batches(*arguments, **options).map(spoil)
 
