@@ -27,7 +27,7 @@ import tensorflow as tf
 
 from keras_fpn.image_files import resize_image
 from training.datasets import DetectionDataset, load_dataset
-from training.pipeline import steps_per_epoch, training_batches
+from training.pipeline import num_cores, steps_per_epoch, training_batches
 from training.recipes import RECIPES, Recipe
 
 
@@ -189,10 +189,6 @@ def training_step(data: DetectionDataset, recipe: Recipe, batch: tuple) -> Calla
         return recipe.batch_size / (time.perf_counter() - started)
 
     return take_step
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def resident() -> float:

@@ -236,7 +236,7 @@ def training_batches(
 
     # Images of all groups pass through one map, and are put together in a second thread.
     images = _count(one_epoch, first_epoch).flat_map(rows_of)
-    images = images.map(decode, num_parallel_calls=_num_cores(), deterministic=True)
+    images = images.map(decode, num_parallel_calls=num_cores(), deterministic=True)
     batches = images.batch(rows, drop_remainder=True, num_parallel_calls=2).map(to_model)
     batches = batches.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
     return _with_options(batches)
@@ -260,11 +260,11 @@ def evaluation_batches(
     may be none.
 
     Returns:
-        Pairs of `{"images", "image_sizes"}` as from `training_batches` and `{"image_ids": int64
-        [batch]`, `"original_sizes": int32 [batch, 2]` height and width before resizing, `"boxes"`,
-        `"labels"` as from `training_batches`, crowds and difficult objects left out`}`. The last
-        batch of a bucket may be smaller; images that cannot be decoded are left out and noted in
-        `report`.
+        Pairs of `{"images", "image_sizes"}` as from `training_batches`, but the images float32 and
+        not rounded, and `{"image_ids": int64 [batch]`, `"original_sizes": int32 [batch, 2]` height
+        and width before resizing, `"boxes"`, `"labels"` as from `training_batches`, crowds and
+        difficult objects left out`}`. The last batch of a bucket may be smaller; images that cannot
+        be decoded are left out and noted in `report`.
 
     Raises:
         ValueError: a number is out of range.
@@ -492,13 +492,13 @@ def _decode_groups(
             return is_decoded, _with_pixels(record, image, shape, tf.float32)
 
         images = tf.data.Dataset.from_tensor_slices(group).map(
-            decode_record, num_parallel_calls=min(batch_size, _num_cores()), deterministic=True
+            decode_record, num_parallel_calls=min(batch_size, num_cores()), deterministic=True
         )
         images = images.filter(lambda is_decoded, image: is_decoded).map(lambda _, image: image)
         return images.batch(batch_size)
 
     # Enough groups at a time to keep all cores at work, and the next one begun when one ends.
-    groups_at_a_time = math.ceil(_num_cores() / batch_size) + 1
+    groups_at_a_time = math.ceil(num_cores() / batch_size) + 1
     return groups.interleave(
         decode,
         cycle_length=groups_at_a_time,
@@ -568,7 +568,8 @@ def _with_pixels(record: Record, image: tf.Tensor, shape: tf.Tensor, dtype: tf.D
 # === Data sets ===
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
