@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from keras_fpn.image_files import (
+    as_one_op,
     bucket_shapes,
     decode_image,
     read_image_size,
@@ -185,9 +186,9 @@ def training_batches(
             report=report,
         )
 
-    def augment(key: tf.Tensor) -> Callable[[tf.Tensor, Record], Record]:
-        def draw(position: tf.Tensor, record: Record) -> Record:
-            draws = tf.random.stateless_uniform([2], tf.random.fold_in(key, position))
+    def augment(key: tf.Tensor) -> Callable[[Record], Record]:
+        def draw(record: Record) -> Record:
+            draws = tf.random.stateless_uniform([2], tf.random.fold_in(key, record["image_id"]))
             choice = tf.cast(draws[0] * len(shorter_edges), tf.int32)
             flip = draws[1] < 0.5 if horizontal_flip else tf.constant(False)
             return prepare(record, tf.constant(list(shorter_edges))[choice], longest_edge, flip)
@@ -197,7 +198,7 @@ def training_batches(
     def one_pass(key: tf.Tensor) -> tf.data.Dataset:
         """Groups of undecoded records of one pass, each of one bucket; the last ones not full."""
         keys = tf.random.split(key, 3)
-        records = dataset.records(keys[0], shuffle_buffer).enumerate()
+        records = dataset.records(keys[0], shuffle_buffer)
         records = _map(records, augment(keys[1])).filter(_is_readable).filter(is_wanted)
         # Groups that are not full come out in the order of their keys.
         order = tf.random.experimental.stateless_shuffle(tf.range(len(buckets)), seed=keys[2])
@@ -220,24 +221,25 @@ def training_batches(
     spare = _first_trainable(dataset, prepare, is_wanted, buckets)
     rows = batch_size // num_shards
 
-    def rows_of(group: Record) -> tf.data.Dataset:
-        own = tf.data.Dataset.range(shard * rows, (shard + 1) * rows)
-        return tf.data.Dataset.zip(own, tf.data.Dataset.from_tensors(group).repeat())
+    def decode(group: Record) -> tuple[Record, Record]:
+        number = tf.shape(group["image_id"])[0]
+        own = _rows(group, tf.range(shard * rows, (shard + 1) * rows) % number)
+        images, is_decoded = _pixels(own, buckets, tf.uint8, report)
 
-    def decode(row: tf.Tensor, group: Record) -> Record:
-        record, image = _decode_row(group, row, spare, report)
-        shape = tf.constant(buckets)[group["bucket"][0]]
-        return _with_pixels(record, image, shape, tf.uint8)
+        @as_one_op
+        def replace() -> tuple[Record, tf.Tensor]:
+            mended = _with_substitutes(group, spare, report)
+            mended = _rows(mended, tf.range(shard * rows, (shard + 1) * rows) % number)
+            return mended, _pixels(mended, buckets, tf.uint8, report)[0]
 
-    def to_model(batch: Record) -> tuple[Record, Record]:
-        inputs = {"images": batch["image"], "image_sizes": batch["target_size"]}
-        targets = {"boxes": batch["boxes"], "labels": batch["labels"]}
-        return inputs, targets | {"image_ids": batch["image_id"]}
+        own, images = tf.cond(tf.reduce_all(is_decoded), lambda: (own, images), replace)
+        inputs = {"images": images, "image_sizes": own["target_size"]}
+        targets = {"boxes": own["boxes"], "labels": own["labels"], "image_ids": own["image_id"]}
+        return tf.nest.map_structure(
+            lambda x: tf.ensure_shape(x, [rows, *x.shape[1:]]), (inputs, targets)
+        )
 
-    # Images of all groups pass through one map, and are put together in a second thread.
-    images = _count(one_epoch, first_epoch).flat_map(rows_of)
-    images = images.map(decode, num_parallel_calls=num_cores(), deterministic=True)
-    batches = images.batch(rows, drop_remainder=True, num_parallel_calls=2).map(to_model)
+    batches = _map_groups(_count(one_epoch, first_epoch), decode, rows)
     batches = batches.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
     return _with_options(batches)
 
@@ -284,12 +286,18 @@ def evaluation_batches(
             report=report,
         )
 
-    def to_model(batch: Record) -> tuple[Record, Record]:
-        return {"images": batch["image"], "image_sizes": batch["target_size"]}, {
-            "image_ids": batch["image_id"],
-            "original_sizes": batch["size"],
-            "boxes": batch["boxes"],
-            "labels": batch["labels"],
+    def decode(group: Record) -> tuple[Record, Record]:
+        images, is_decoded = _pixels(group, buckets, tf.float32, report)
+        group, images = tf.cond(
+            tf.reduce_all(is_decoded),
+            lambda: (group, images),
+            lambda: (_rows(group, tf.where(is_decoded)[:, 0]), tf.boolean_mask(images, is_decoded)),
+        )
+        return {"images": images, "image_sizes": group["target_size"]}, {
+            "image_ids": group["image_id"],
+            "original_sizes": group["size"],
+            "boxes": group["boxes"],
+            "labels": group["labels"],
         }
 
     groups = (
@@ -301,7 +309,8 @@ def evaluation_batches(
             window_size=batch_size,
         )
     )
-    return _with_options(_decode_groups(groups, batch_size, buckets, report).map(to_model))
+    batches = _map_groups(groups, decode, batch_size)
+    return _with_options(batches.filter(lambda inputs, _: tf.shape(inputs["images"])[0] > 0))
 
 
 def _check_arguments(
@@ -355,12 +364,12 @@ def _prepare_record(
     size, problem = read_image_size(record["image_bytes"])
     annotated = record["size"]
     is_mismatch = tf.equal(problem, "") & (annotated[0] > 0) & tf.reduce_any(annotated != size)
-    problem = tf.where(
+    problem = tf.cond(
         is_mismatch,
-        tf.strings.format(
+        lambda: tf.strings.format(
             "is {}x{}, annotated as {}x{}", (size[1], size[0], annotated[1], annotated[0])
         ),
-        problem,
+        lambda: problem,
     )
     is_readable = tf.equal(problem, "")
     if report is not None:
@@ -393,14 +402,12 @@ def _usable_boxes(
         `boxes`: float32 `[max_boxes, 4]`; `labels`: int32 `[max_boxes]`, -1 in padding rows;
         `skipped`: int64, the number of boxes left out for each of `_BOX_PROBLEMS`.
     """
+    boxes, labels = record["boxes"], record["labels"]
     is_object = ~record["is_crowd"]
-    boxes = tf.boolean_mask(record["boxes"], is_object)
-    labels = tf.boolean_mask(record["labels"], is_object)
     is_finite = tf.reduce_all(tf.math.is_finite(boxes), axis=-1)
     has_area = tf.reduce_all(boxes[:, 2:] > boxes[:, :2], axis=-1)
     is_inside = tf.reduce_all((boxes[:, 2:] > 0) & (boxes[:, :2] < 1), axis=-1)
 
-    height, width = target_size[0], target_size[1]
     boxes = tf.clip_by_value(boxes, 0.0, 1.0)
     mirrored = tf.gather(boxes, [2, 1, 0, 3], axis=1) * [-1.0, 1.0, -1.0, 1.0] + [
         1.0,
@@ -409,24 +416,24 @@ def _usable_boxes(
         0.0,
     ]
     boxes = tf.where(flip, mirrored, boxes)
-    boxes *= tf.cast(tf.stack([width, height, width, height]), tf.float32)
-    # Rounding can take the last of a tiny box's area.
-    has_area &= tf.reduce_all(boxes[:, 2:] > boxes[:, :2], axis=-1) | ~is_inside
-    is_usable = is_finite & has_area & is_inside
-    boxes, labels = tf.boolean_mask(boxes, is_usable), tf.boolean_mask(labels, is_usable)
-
-    number = tf.shape(labels)[0]
+    boxes *= tf.cast(tf.tile(target_size[::-1], [2]), tf.float32)
     areas = tf.reduce_prod(boxes[:, 2:] - boxes[:, :2], axis=-1)
-    largest = tf.sort(tf.math.top_k(areas, tf.minimum(number, max_boxes)).indices)
-    padding = max_boxes - tf.minimum(number, max_boxes)
-    skipped = [~is_finite, is_finite & ~has_area, is_finite & has_area & ~is_inside]
-    skipped = [tf.math.count_nonzero(mask) for mask in skipped]
+    # Rounding can take the last of a tiny box's area.
+    has_area &= (areas > 0) | ~is_inside
+    is_usable = is_object & is_finite & has_area & is_inside
+
+    number = tf.math.count_nonzero(is_usable, dtype=tf.int32)
+    kept = tf.minimum(number, max_boxes)
+    largest = tf.sort(tf.math.top_k(tf.where(is_usable, areas, -1.0), kept).indices)
+    padding = max_boxes - kept
+    reasons = [~is_finite, is_finite & ~has_area, is_finite & has_area & ~is_inside]
+    skipped = tf.math.count_nonzero(is_object & tf.stack(reasons), axis=1)
     return (
         tf.ensure_shape(tf.pad(tf.gather(boxes, largest), [[0, padding], [0, 0]]), [max_boxes, 4]),
         tf.ensure_shape(
             tf.pad(tf.gather(labels, largest), [[0, padding]], constant_values=-1), [max_boxes]
         ),
-        tf.stack([*skipped, tf.cast(tf.maximum(number - max_boxes, 0), tf.int64)]),
+        tf.concat([skipped, [tf.cast(number - kept, tf.int64)]], axis=0),
     )
 
 
@@ -474,95 +481,86 @@ def _first_trainable(
 # === Pixels ===
 
 
-def _decode_groups(
-    groups: tf.data.Dataset,
-    batch_size: int,
-    buckets: list[tuple[int, int]],
-    report: SkipReport | None,
-) -> tf.data.Dataset:
-    """A batch of each group, without the images that cannot be decoded."""
+def _pixels(
+    group: Record, buckets: list[tuple[int, int]], dtype: tf.DType, report: SkipReport | None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Decode the images of a group, flip, resize and pad them.
 
-    def decode(group: Record) -> tf.data.Dataset:
-        shape = tf.constant(buckets)[group["bucket"][0]]
+    Returns:
+        `images`: `[n, H, W, 3]` of `dtype`, (H, W) being the group's bucket, grey values, rounded
+        where `dtype` is an integer; `is_decoded`: bool `[n]`, false where a file is truncated or
+        damaged, and the image means nothing.
+    """
+    shape = tf.constant(buckets)[group["bucket"][0]]
 
-        def decode_record(record: Record) -> tuple[tf.Tensor, Record]:
-            is_decoded, image = _try_to_decode(record, report)
-            # Any pixels will do for what is dropped.
-            image = tf.cond(is_decoded, lambda: image, lambda: tf.zeros([1, 1, 3], tf.uint8))
-            return is_decoded, _with_pixels(record, image, shape, tf.float32)
+    def pixels(record: Record) -> tuple[tf.Tensor, tf.Tensor]:
+        image, is_decoded = _try_to_decode(record, report)
+        # Any pixels will do for what is dropped.
+        image = tf.cond(is_decoded, lambda: image, lambda: tf.zeros([1, 1, 3], tf.uint8))
+        # Flipping before resizing moves fewer pixels; the result is the same, half-pixel centres
+        # being symmetric.
+        image = tf.cond(record["flip"], lambda: tf.reverse(image, [1]), lambda: image)
+        if dtype.is_integer:
+            # The cast cuts off: this rounds, on fewer pixels than there are after resizing. It is
+            # `tf.cast(image, tf.float32) + 0.5` in one op.
+            image = tf.bitcast(image, tf.quint8)
+            image = tf.quantization.dequantize(image, min_range=0.5, max_range=255.5)
+        image = tf.cast(resize_image(image, record["target_size"]), dtype)
+        # A row of pixels at a time: tf.pad is slow where the last axis is short.
+        height, width = tf.unstack(record["target_size"])
+        image = tf.reshape(image, [height, 3 * width])
+        image = tf.pad(image, [[0, shape[0] - height], [0, 3 * (shape[1] - width)]])
+        return tf.reshape(image, [shape[0], shape[1], 3]), is_decoded
 
-        images = tf.data.Dataset.from_tensor_slices(group).map(
-            decode_record, num_parallel_calls=min(batch_size, num_cores()), deterministic=True
-        )
-        images = images.filter(lambda is_decoded, image: is_decoded).map(lambda _, image: image)
-        return images.batch(batch_size)
-
-    # Enough groups at a time to keep all cores at work, and the next one begun when one ends.
-    groups_at_a_time = math.ceil(num_cores() / batch_size) + 1
-    return groups.interleave(
-        decode,
-        cycle_length=groups_at_a_time,
-        block_length=1,
-        num_parallel_calls=groups_at_a_time,
-        deterministic=True,
+    needed = ("image_id", "file_name", "image_bytes", "size", "target_size", "flip")
+    return tf.map_fn(
+        pixels,
+        {key: group[key] for key in needed},
+        fn_output_signature=(
+            tf.TensorSpec([None, None, 3], dtype),
+            tf.TensorSpec([], tf.bool),
+        ),
     )
 
 
-def _decode_row(
-    group: Record, row: tf.Tensor, spare: Record, report: SkipReport | None
-) -> tuple[Record, tf.Tensor]:
-    """Record and pixels of a row of a batch, or of what stands in where it cannot be decoded."""
-    number = tf.shape(group["image_id"], out_type=tf.int64)[0]
+def _with_substitutes(group: Record, spare: Record, report: SkipReport | None) -> Record:
+    """The group with the next image that can be decoded in place of each that cannot.
 
-    def record_at(row: tf.Tensor) -> Record:
-        return {key: values[row % number] for key, values in group.items()}
-
-    def try_next(tries: tf.Tensor, is_decoded: tf.Tensor, image: tf.Tensor) -> tuple:
-        is_decoded, image = _try_to_decode(record_at(row + tries), report)
-        return tries + 1, is_decoded, image
-
-    tries, is_decoded, image = tf.while_loop(
-        lambda tries, is_decoded, image: ~is_decoded & (tries < number),
-        try_next,
-        (tf.constant(0, tf.int64), tf.constant(False), tf.zeros([0, 0, 3], tf.uint8)),
-        shape_invariants=(tf.TensorShape([]), tf.TensorShape([]), tf.TensorShape([None, None, 3])),
+    Where there is none in the group, `spare` stands in.
+    """
+    number = tf.shape(group["image_id"])[0]
+    is_decoded = tf.map_fn(
+        lambda record: _try_to_decode(record, report)[1], group, fn_output_signature=tf.bool
     )
-    return tf.cond(
-        is_decoded,
-        lambda: (record_at(row + tries - 1), image),
-        lambda: (spare, decode_image(spare["image_bytes"])),
-    )
+    following = (tf.range(number)[:, None] + tf.range(number)) % number
+    tries = tf.argmax(tf.gather(is_decoded, following), axis=1, output_type=tf.int32)
+    group = _rows(group, (tf.range(number) + tries) % number)
+
+    def or_spare(key: str) -> tf.Tensor:
+        # The bucket is the group's: the spare fits into every one.
+        if key == "bucket":
+            return group[key]
+        stand_in = tf.repeat(spare[key][None], number, axis=0)
+        return tf.cond(tf.reduce_any(is_decoded), lambda: group[key], lambda: stand_in)
+
+    return {key: or_spare(key) for key in group}
 
 
 def _try_to_decode(record: Record, report: SkipReport | None) -> tuple[tf.Tensor, tf.Tensor]:
-    """Whether the image can be decoded, and its pixels, uint8 `[height, width, 3]`."""
+    """The image's pixels, uint8 `[height, width, 3]`, and whether it can be decoded."""
     image = tf.ensure_shape(decode_image(record["image_bytes"]), [None, None, 3])
     is_decoded = _is_whole(image, record)
     if report is not None:
         report._note_image(record, tf.where(is_decoded, "", "truncated or damaged"))
-    return is_decoded, image
+    return image, is_decoded
 
 
 def _is_whole(image: tf.Tensor, record: Record) -> tf.Tensor:
     return tf.reduce_all(tf.shape(image)[:2] == record["size"])
 
 
-def _with_pixels(record: Record, image: tf.Tensor, shape: tf.Tensor, dtype: tf.DType) -> Record:
-    """The record with `image` flipped, resized and padded, `[*shape, 3]` of `dtype`."""
-    # Flipping before resizing moves fewer pixels; the result is the same, half-pixel centres
-    # being symmetric.
-    image = tf.cond(record["flip"], lambda: tf.reverse(image, [1]), lambda: image)
-    if dtype.is_integer:
-        # The cast cuts off: this rounds, on fewer pixels than there are after resizing.
-        image = tf.cast(image, tf.float32) + 0.5
-    image = tf.cast(resize_image(image, record["target_size"]), dtype)
-    # A row of pixels at a time: tf.pad is slow where the last axis is short.
-    height, width = tf.unstack(record["target_size"])
-    image = tf.reshape(image, [height, 3 * width])
-    image = tf.pad(image, [[0, shape[0] - height], [0, 3 * (shape[1] - width)]])
-    image = tf.reshape(image, [shape[0], shape[1], 3])
-    kept = {key: record[key] for key in record if key not in ("image_bytes", "flip")}
-    return kept | {"image": tf.ensure_shape(image, [None, None, 3])}
+def _rows(group: Record, indices: tf.Tensor) -> Record:
+    return {key: tf.gather(values, indices) for key, values in group.items()}
 
 
 # === Data sets ===
@@ -580,6 +578,13 @@ def _count(function: Callable[[tf.Tensor], tf.data.Dataset], start: int = 0) -> 
 
 def _map(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
     return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def _map_groups(groups: tf.data.Dataset, function: Callable, rows: int) -> tf.data.Dataset:
+    """Map over groups, in each of which `function` decodes `rows` images, side by side."""
+    # As many groups as keep all cores at work, and two more, to be begun when one ends.
+    calls = math.ceil(num_cores() / rows) + 2
+    return groups.map(function, num_parallel_calls=calls, deterministic=True)
 
 
 def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
