@@ -45,24 +45,29 @@ def finish(processes: list[subprocess.Popen]) -> None:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    """What one process gets."""
+def one(request, tmp_path_factory):
+    """The optimizer, and what one process gets with it."""
     file = tmp_path_factory.mktemp("one") / "one.npz"
-    finish(start(0, "--output", str(file)))
-    return np.load(file)
+    finish(start(0, "--output", str(file), "--optimizer", request.param))
+    return request.param, np.load(file)
 
 
 @pytest.mark.parametrize(
-    ("workers", "devices"),
+    ("one", "workers", "devices"),
     [
-        pytest.param(2, 1, id="2 workers"),
-        pytest.param(3, 1, id="3 workers", marks=pytest.mark.acceptance),
-        pytest.param(0, 2, id="2 devices", marks=pytest.mark.acceptance),
+        pytest.param("plain", 2, 1, id="2 workers"),
+        pytest.param("plain", 3, 1, id="3 workers", marks=pytest.mark.acceptance),
+        pytest.param("plain", 0, 2, id="2 devices", marks=pytest.mark.acceptance),
+        pytest.param("scaled", 2, 1, id="2 workers, scaled", marks=pytest.mark.acceptance),
+        pytest.param("scaled", 0, 2, id="2 devices, scaled", marks=pytest.mark.acceptance),
     ],
+    indirect=["one"],
 )
 def test_it_equals_one_process(one, workers, devices, tmp_path):
+    optimizer, one = one
     file = tmp_path / "several.npz"
-    finish(start(workers, "--output", str(file), "--devices", str(devices)))
+    arguments = ("--output", str(file), "--optimizer", optimizer, "--devices", str(devices))
+    finish(start(workers, *arguments))
     several = np.load(file)
     assert set(several.files) == set(one.files)
     weights = [name for name in one.files if name.startswith("weight")]
@@ -71,6 +76,10 @@ def test_it_equals_one_process(one, workers, devices, tmp_path):
         np.testing.assert_allclose(several[name], one[name], rtol=0, atol=1e-5, err_msg=name)
     # Weights moved by far more than what they may differ by.
     assert max(np.abs(one[f"before{name}"] - one[name]).max() for name in weights) > 1e-2
+    np.testing.assert_array_equal(several["loss_scale"], one["loss_scale"])
+    if optimizer == "scaled":
+        # Some steps were passed over, but not all.
+        assert 2.0**107 < one["loss_scale"] < 2.0**127
     assert one["losses"].shape == (20, 4)
     np.testing.assert_allclose(several["losses"], one["losses"], rtol=1e-4, atol=1e-6)
     # Seven images: neither two nor three divide them.
