@@ -7,8 +7,8 @@
 The floor decodes and resizes the same files, from memory, in the same order to the same sizes, in
 one `Dataset.map` with a thread for each core, and does nothing else: `tf.io.decode_jpeg`, then
 `tf.image.resize`. "float floor" is the same with a cast to float in between, as in the pipeline,
-which makes TensorFlow's resize faster. Floors, pipeline and step are measured in turns, each turn
-over one epoch (the step: one batch); what is printed are medians.
+which makes TensorFlow's resize faster. Floors and pipeline are measured in turns, each turn over
+one epoch, then the step, one batch at a time; what is printed are medians.
 """
 
 import argparse
@@ -107,14 +107,11 @@ def measure_rates(
         ),
         "pipeline": lambda: rate(batches, ready, steps) * recipe.batch_size,
     }
+    rates = in_turns(calls, options.rounds)
     if not options.skip_step:
-        calls["step"] = training_step(data, recipe, next(iter(batches)))
-    rates = {name: [] for name in calls}
-    for turn in range(options.rounds + 1):
-        for name, call in calls.items():
-            found = call()
-            if turn > 0:  # The first is for warming up.
-                rates[name].append(found)
+        rates |= in_turns(
+            {"step": training_step(data, recipe, next(iter(batches)))}, options.rounds
+        )
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, median in medians.items():
         spread = f"{min(rates[name]):.1f}..{max(rates[name]):.1f}"
@@ -128,6 +125,12 @@ def measure_rates(
         )
     if not options.skip_step:
         print(f"and feeds {medians['pipeline'] / medians['step']:.1f} such steps at a time")
+
+
+def in_turns(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, tuple[float, ...]]:
+    """What each call gives in each round, after one to warm up."""
+    rounds_of_calls = [[call() for call in calls.values()] for _ in range(rounds + 1)]
+    return dict(zip(calls, zip(*rounds_of_calls[1:], strict=True), strict=True))
 
 
 def rate(dataset: Iterable, ready: int, number: int) -> float:
