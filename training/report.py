@@ -154,7 +154,8 @@ def _draw_losses(axes, steps) -> None:
         rate = axes.twinx()
         rate.plot(*zip(*points, strict=True), color="0.6", linestyle=":", label="learning rate")
         rate.set_ylabel("learning rate (dotted)")
-    axes.legend(loc="upper right")
+    # Above the axes: a legend inside lies on the curves.
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(axes.lines), frameon=False)
 
 
 def _epochs_figure(history) -> str:
