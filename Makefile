@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 # A virtual environment of the project's own, made again when the requirements change.
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
@@ -13,7 +13,7 @@ BIN := .venv/bin
 # Every demo has a folder of its own.
 demo: DEMO := demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 demo: .venv/ready
-	$(BIN)/python training/demo_dataset.py --data-dir $(DEMO)/data --unseen-images $(DEMO)/unseen
+	$(BIN)/python -m keras_fpn.data.demo_dataset --data-dir $(DEMO)/data --unseen-images $(DEMO)/unseen
 	$(BIN)/python training/train.py --recipe demo --dataset keras_fpn_shapes \
 		--data-dir $(DEMO)/data --output $(DEMO)/run --verbose 2
 	$(BIN)/python training/evaluate.py --model $(DEMO)/run --batch-size 8

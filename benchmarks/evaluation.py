@@ -23,7 +23,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from keras_fpn.evaluation import COCO_METRICS, coco_evaluation
+from keras_fpn.data.coco_metrics import COCO_METRICS, coco_evaluation
 
 
 def main() -> None:

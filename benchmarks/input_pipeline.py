@@ -25,10 +25,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow as tf
 
-from keras_fpn.image_files import resize_image
-from training.datasets import DetectionDataset, load_dataset
-from training.pipeline import num_cores, steps_per_epoch, training_batches
-from training.recipes import RECIPES, Recipe
+from keras_fpn.data.datasets import DetectionDataset, load_dataset
+from keras_fpn.data.image_files import resize_image
+from keras_fpn.data.pipeline import num_cores, steps_per_epoch, training_batches
+from keras_fpn.runs.recipes import RECIPES, Recipe
 
 
 def main() -> None:
@@ -181,7 +181,7 @@ FILES = {}  # The file of each image id, read once.
 
 def training_step(data: DetectionDataset, recipe: Recipe, batch: tuple) -> Callable[[], float]:
     """A function that takes one training step and returns its images a second."""
-    from training.train import build_model, build_optimizer
+    from keras_fpn.runs.train import build_model, build_optimizer
 
     model = build_model(recipe, data.class_names)
     model.compile(build_optimizer(recipe, steps_per_epoch(data, recipe.batch_size)))

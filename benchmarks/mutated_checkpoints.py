@@ -30,7 +30,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from keras_fpn.checkpoints import read_checkpoint  # noqa: E402
+from keras_fpn.weights.checkpoints import read_checkpoint  # noqa: E402
 
 FILES = ("tensors_zip.pth", "training_zip.pth", "big_endian_zip.pth", "protocol4_zip.pth")
 FILES += ("tensors_legacy.pth", "training_legacy.pth", "protocol4_legacy.pth")

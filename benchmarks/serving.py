@@ -74,7 +74,7 @@ def build(options: argparse.Namespace):
 def measure(model, variant: str, path: Path, edges: dict, options: argparse.Namespace) -> None:
     import keras
 
-    from keras_fpn.serving import export_saved_model
+    from keras_fpn.serving.saved_model import export_saved_model
 
     started = time.perf_counter()
     export_saved_model(model, path, **edges, **VARIANTS[variant])
@@ -218,7 +218,7 @@ def encode(image: np.ndarray):
 
 
 def resize(image: np.ndarray, shorter_edge: int, longest_edge: int) -> np.ndarray:
-    from keras_fpn.image_files import resize_image, resized_size
+    from keras_fpn.data.image_files import resize_image, resized_size
 
     size = resized_size(np.array(image.shape[1:3]), shorter_edge, longest_edge)
     return resize_image(image, size).numpy()

@@ -17,16 +17,16 @@ from keras_fpn.box_head import BoxHead
 from keras_fpn.boxes import check_box_format
 from keras_fpn.detections import DetectionGenerator
 from keras_fpn.faster_rcnn import FasterRCNN
-from keras_fpn.images import ImageNormalizer
-from keras_fpn.pretrained import open_detector
+from keras_fpn.preprocessing import ImageNormalizer
 from keras_fpn.proposals import ProposalGenerator
-from keras_fpn.published import find_classifier
 from keras_fpn.pyramid import FeaturePyramid
 from keras_fpn.resnet import ResNet
-from keras_fpn.roi_pooling import PyramidRoIAlign
+from keras_fpn.roi_align import PyramidRoIAlign
 from keras_fpn.rpn import RPNHead
 from keras_fpn.targets import RoITargets, RPNTargets
-from keras_fpn.torchvision_weights import load_backbone_weights
+from keras_fpn.weights.pretrained import open_detector
+from keras_fpn.weights.published import find_classifier
+from keras_fpn.weights.torchvision import load_backbone_weights
 
 
 def _follows_weights(build: Callable[..., FasterRCNN]) -> Callable[..., FasterRCNN]:

@@ -10,6 +10,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 import keras
 import numpy as np
 import pytest
+from data_sets import _encode, _plain, coco_folder, shapes_dir  # noqa: F401 - fixtures
 from small_detector import small_detector
 
 import keras_fpn

@@ -1,6 +1,6 @@
 """The variables of a detector under Detectron2's names and in its layout.
 
-Written down from Detectron2's `state_dict()`, apart from `keras_fpn.detectron2_weights`, which it
+Written down from Detectron2's `state_dict()`, apart from `keras_fpn.weights.detectron2`, which it
 checks.
 """
 

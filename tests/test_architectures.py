@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keras_fpn.detectron2_weights import detectron2_architecture, is_detectron2
-from keras_fpn.torchvision_weights import torchvision_architecture
+from keras_fpn.weights.detectron2 import detectron2_architecture, is_detectron2
+from keras_fpn.weights.torchvision import torchvision_architecture
 
 
 def state_dict(source, name):

@@ -10,10 +10,10 @@ from keras.ops import convert_to_numpy
 from keras_fpn.anchors import AnchorGenerator
 from keras_fpn.box_head import BoxHead
 from keras_fpn.detections import DetectionGenerator
-from keras_fpn.images import ImageNormalizer
+from keras_fpn.preprocessing import ImageNormalizer
 from keras_fpn.proposals import ProposalGenerator
 from keras_fpn.pyramid import FeaturePyramid
-from keras_fpn.roi_pooling import PyramidRoIAlign
+from keras_fpn.roi_align import PyramidRoIAlign
 from keras_fpn.rpn import RPNHead
 from keras_fpn.targets import RoITargets, RPNTargets
 

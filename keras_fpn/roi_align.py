@@ -1,0 +1,145 @@
+"""Crop-and-resize of regions out of the pyramid: RoIAlign over all levels in one pass."""
+
+from collections.abc import Mapping
+
+import keras
+from keras import ops
+
+from keras_fpn.adaptive_roi_align import pool_adaptively
+from keras_fpn.roi_levels import assign_levels
+
+
+@keras.saving.register_keras_serializable("keras_fpn")
+class PyramidRoIAlign(keras.layers.Layer):
+    """Pools every region from its own level into a grid of `output_size` x `output_size` bins.
+
+    A bin is the mean of `sampling_ratio` x `sampling_ratio` points inside it, each interpolated
+    bilinearly between the four pixels around it (RoIAlign). The defaults are torchvision's;
+    Detectron2 has `aligned=True, sampling_ratio=None`.
+
+    Args:
+        output_size: bins on a side (7 in the paper).
+        sampling_ratio: points on a side of each bin. None for as many as are at most a pixel of
+            the level apart: `ceil(side of the region on its level / output_size)` along each axis.
+        canonical_level: the level of a region of `canonical_size` (k0 of Eqn. 1).
+        canonical_size: side in pixels.
+        aligned: whether the centre of a level's first pixel lies half a pixel inside the image's
+            edge, and regions keep their size. If not, it lies on the edge, and a region is at least
+            one pixel of its level wide and high.
+    """
+
+    def __init__(
+        self,
+        output_size: int = 7,
+        sampling_ratio: int | None = 2,
+        canonical_level: int = 4,
+        canonical_size: float = 224.0,
+        aligned: bool = False,
+        **kwargs,
+    ):
+        # Features come in the compute dtype; coordinates must stay float32.
+        super().__init__(autocast=False, **kwargs)
+        self.output_size = output_size
+        self.sampling_ratio = sampling_ratio
+        self.canonical_level = canonical_level
+        self.canonical_size = canonical_size
+        self.aligned = aligned
+
+    def call(self, features: Mapping, boxes):
+        """Pooled features.
+
+        Args:
+            features: `{"P2": [B, H/4, W/4, C], ...}`: consecutive levels, level k with stride 2^k.
+            boxes: `[B, R, 4]` xyxy pixels of the image.
+
+        Returns:
+            `[B, R, output_size, output_size, C]`.
+        """
+        levels = sorted(int(level[1:]) for level in features)
+        maps = [ops.cast(features[f"P{level}"], self.compute_dtype) for level in levels]
+        boxes = ops.stop_gradient(ops.cast(boxes, "float32"))
+        batch, regions = ops.shape(boxes)[0], boxes.shape[1]
+        channels = maps[0].shape[-1]
+
+        # All pixels of all levels in one table; a level begins at its offset.
+        table = ops.concatenate([ops.reshape(x, (batch, -1, channels)) for x in maps], axis=1)
+        pixels = ops.shape(table)[1]
+        heights = ops.stack([ops.shape(x)[1] for x in maps])
+        widths = ops.stack([ops.shape(x)[2] for x in maps])
+        sizes = heights * widths
+        offsets = ops.cumsum(sizes) - sizes
+
+        level = assign_levels(
+            boxes, levels[0], levels[-1], self.canonical_level, self.canonical_size
+        )
+        boxes = boxes * ops.exp2(-ops.cast(level, "float32"))[..., None]
+        if self.aligned:
+            boxes = boxes - 0.5
+        x1, y1, x2, y2 = ops.split(boxes, 4, -1)
+        which = level - levels[0]
+        height, width, offset = (ops.take(x, which)[..., None] for x in (heights, widths, offsets))
+        if self.sampling_ratio is None:
+            start, end = ops.concatenate([y1, x1], -1), ops.concatenate([y2, x2], -1)
+            map_size = ops.concatenate([height, width], -1)
+            sides = self._sides(start, end)
+            return pool_adaptively(table, offset[..., 0], map_size, start, sides, self.output_size)
+        rows, row_weights = self._taps(y1, y2, height)
+        columns, column_weights = self._taps(x1, x2, width)
+
+        table = ops.reshape(table, (-1, channels))
+        # [B, R, bin row, bin column, tap row, tap column], the taps of a bin side by side.
+        first = offset[..., None] + ops.arange(batch, dtype="int32")[:, None, None, None] * pixels
+        row_starts = (first + rows * width[..., None])[:, :, :, None, :, None]
+        index = row_starts + columns[:, :, None, :, None, :]
+        weights = row_weights[:, :, :, None, :, None] * column_weights[:, :, None, :, None, :]
+        side, taps = self.output_size, (2 * self.sampling_ratio) ** 2
+        pixels_of_bins = ops.take(table, ops.reshape(index, (-1, side, side, taps)), axis=0)
+        weights = ops.cast(ops.reshape(weights, (-1, side, side, 1, taps)), table.dtype)
+        pooled = ops.matmul(weights, pixels_of_bins)
+        return ops.reshape(pooled, (-1, regions, side, side, channels))
+
+    def _taps(self, start, end, limit):
+        """Where the points of each bin lie along one axis, and what each pixel counts.
+
+        Args:
+            start: `[B, R, 1]` first edge of the regions, in pixels of their level.
+            end: `[B, R, 1]` last edge.
+            limit: `[B, R, 1]` int32 pixels of the level along the axis.
+
+        Returns:
+            `(indices, weights)`, both `[B, R, output_size, 2 * sampling_ratio]`: the two pixels
+            around each point. Points over a pixel outside the map count as 0, others outside as
+            the edge.
+        """
+        points = self.output_size * self.sampling_ratio
+        bin_size = self._sides(start, end) / points
+        position = start + (ops.arange(points, dtype="float32") + 0.5) * bin_size
+        last = ops.cast(limit - 1, "float32")
+        inside = ops.logical_and(position >= -1.0, position <= last + 1.0)
+        position = ops.clip(position, 0.0, last)
+        low = ops.floor(position)
+        high = ops.minimum(low + 1.0, last)
+        share = position - low
+        mean = ops.cast(inside, "float32") / self.sampling_ratio
+        indices = ops.cast(ops.stack([low, high], axis=-1), "int32")
+        weights = ops.stack([(1.0 - share) * mean, share * mean], axis=-1)
+        bins = (*start.shape[1:2], self.output_size, 2 * self.sampling_ratio)
+        return ops.reshape(indices, (-1, *bins)), ops.reshape(weights, (-1, *bins))
+
+    def _sides(self, start, end):
+        return end - start if self.aligned else ops.maximum(end - start, 1.0)
+
+    def compute_output_shape(self, features_shape, boxes_shape):
+        channels = next(iter(features_shape.values()))[-1]
+        return (*boxes_shape[:2], self.output_size, self.output_size, channels)
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            output_size=self.output_size,
+            sampling_ratio=self.sampling_ratio,
+            canonical_level=self.canonical_level,
+            canonical_size=self.canonical_size,
+            aligned=self.aligned,
+        )
+        return config

@@ -1,0 +1,345 @@
+"""From image files, pictures and arrays of any size to their detections."""
+
+import functools
+import itertools
+import numbers
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_fpn.boxes import convert_boxes
+from keras_fpn.faster_rcnn import FasterRCNN
+
+# A progress bar shows by itself where there are more batches.
+_FEW_BATCHES = 3
+# A PIL image reads its file when its pixels are first asked for, in one thread at a time.
+_PIL_LOCK = threading.Lock()
+
+
+def detect(
+    model: FasterRCNN,
+    images: Any,
+    *,
+    batch_size: int = 4,
+    shorter_edge: int = 800,
+    longest_edge: int = 1333,
+    score_threshold: float | None = None,
+    verbose: str | int = "auto",
+) -> list[dict[str, np.ndarray]]:
+    """Detects objects in images of any size and kind.
+
+    An image is resized as in training: to `shorter_edge`, unless its longer edge would be longer
+    than `longest_edge`. Images of a similar shape share a batch, and files are decoded one batch
+    ahead of the model: thousands of paths take the memory of two batches. Where every new shape
+    means compiling (XLA, JAX), batches are padded to one of four shapes.
+
+    TensorFlow decodes and resizes, on every backend. The orientation that a camera notes beside the
+    pixels (EXIF) is not applied: it is not in training either.
+
+    Args:
+        model: the detector.
+        images: one image or a sequence of images, kinds and sizes mixed. An image is a path; the
+            bytes of a JPEG, PNG, GIF, BMP or WebP file; a PIL image; or an array of pixels in
+            0..255, `[height, width, 3]` RGB or `[height, width]` grey. An array `[batch, height,
+            width, 3]` is a sequence of images.
+        batch_size: images that the model sees at a time, at most.
+        shorter_edge: wanted length of the shorter edge, in pixels.
+        longest_edge: limit of the longer edge, in pixels.
+        score_threshold: detections from this score on are returned; None for all that the model
+            gives, which has a threshold of its own.
+        verbose: 1 shows a progress bar, 0 none; "auto" shows one for more than three batches.
+
+    Returns:
+        For each image, in the order given, `{"boxes": float32 [N, 4], "scores": float32 [N],
+        "labels": int32 [N]}`, sorted by score, without padding rows. Boxes are `xyxy` in pixels of
+        the image as it was given, whatever `bounding_box_format` the model has.
+
+    Raises:
+        FileNotFoundError: a path is no file. All are looked at before the model runs.
+        ValueError: a file cannot be read, or an array is no image; the sentence says which. All
+            headers are read before the model runs; damage behind a header shows when the batch of
+            the file is decoded.
+        TypeError: something is neither path, bytes, picture nor array of numbers.
+    """
+    if not isinstance(model, FasterRCNN):
+        raise TypeError(f"`model` is a FasterRCNN; received {type(model).__name__}.")
+    for name, value in (
+        ("batch_size", batch_size),
+        ("shorter_edge", shorter_edge),
+        ("longest_edge", longest_edge),
+    ):
+        if not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(f"`{name}` is a whole number from 1 on; received {value!r}.")
+    if verbose not in ("auto", 0, 1):
+        raise ValueError(f"`verbose` is 'auto', 0 or 1; received {verbose!r}.")
+    images = _as_list(images)
+    if not images:
+        return []
+
+    results: list = [None] * len(images)
+    with ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as threads:
+        sizes = _sizes(images, threads)
+        resized = _graph_functions()["resized_sizes"](sizes, shorter_edge, longest_edge).numpy()
+        batches = _batches(model, resized, shorter_edge, longest_edge, batch_size)
+        progress = None
+        if verbose == 1 or (verbose == "auto" and len(batches) > _FEW_BATCHES):
+            progress = keras.utils.Progbar(len(images), unit_name="image")
+
+        def start(batch: tuple) -> tuple:
+            rows, shape = batch
+            futures = [
+                threads.submit(_resized_pixels, images[row], _name(images[row], row), resized[row])
+                for row in rows
+            ]
+            return rows, shape, futures
+
+        for rows, shape, futures in _one_ahead(start, batches):
+            pixels = np.zeros((len(rows), *shape, 3), "float32")
+            for image, future in zip(pixels, futures, strict=True):
+                height, width = future.result().shape[:2]
+                image[:height, :width] = future.result()
+            inputs = {"images": pixels, "image_sizes": resized[rows]}
+            detections = _to_xyxy(model, model.predict_on_batch(inputs), inputs["image_sizes"])
+            for i, row in enumerate(rows):
+                results[row] = _own_detections(
+                    {name: values[i] for name, values in detections.items()},
+                    resized[row],
+                    sizes[row],
+                    score_threshold,
+                )
+            if progress is not None:
+                progress.update(sum(result is not None for result in results))
+    return results
+
+
+# === What is an image ===
+
+
+def _as_list(images: Any) -> list:
+    if isinstance(images, (str, os.PathLike, bytes)) or _is_picture(images):
+        return [images]
+    if _is_array(images):
+        return [images] if len(images.shape) in (2, 3) else list(images)
+    if isinstance(images, dict) or not hasattr(images, "__iter__"):
+        raise TypeError(
+            "Images are paths, bytes of files, PIL images or arrays, one or a sequence; received "
+            f"{type(images).__name__}."
+        )
+    return list(images)
+
+
+def _is_picture(image: Any) -> bool:
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(image, pillow.Image)
+
+
+def _is_array(image: Any) -> bool:
+    return hasattr(image, "shape") and hasattr(image, "dtype")
+
+
+def _is_path(image: Any) -> bool:
+    return isinstance(image, (str, os.PathLike))
+
+
+def _name(image: Any, row: int) -> str:
+    """How errors name an image."""
+    return f"image {row} ({os.fspath(image)!r})" if _is_path(image) else f"image {row}"
+
+
+def _content(image: Any) -> bytes:
+    """The bytes of an image that is a file."""
+    if isinstance(image, bytes):
+        return image
+    with open(image, "rb") as file:
+        return file.read()
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """Float32 `[height, width, 3]` of a PIL image or an array."""
+    if _is_picture(image):
+        with _PIL_LOCK:
+            # Pillow itself would cut 16 bits off at 255.
+            is_deep = image.mode.startswith("I;16")
+            image = np.asarray(image) / 257 if is_deep else np.asarray(image.convert("RGB"))
+    elif keras.ops.is_tensor(image):
+        image = keras.ops.convert_to_numpy(image)
+    image = np.asarray(image, "float32")
+    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
+
+
+# === Sizes and batches ===
+
+
+def _sizes(images: list, threads: ThreadPoolExecutor) -> np.ndarray:
+    """Height and width of every image, int32 `[N, 2]`, without decoding a file.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: as `detect` does, for all images at once.
+    """
+    names = [_name(image, row) for row, image in enumerate(images)]
+    is_missing = [_is_path(image) and not os.path.isfile(image) for image in images]
+    if any(is_missing):
+        missing = itertools.compress(names, is_missing)
+        raise FileNotFoundError(f"There is no image file for {_listed(missing)}.")
+    sizes = np.zeros((len(images), 2), "int32")
+    problems = []
+    for row, (size, problem) in enumerate(threads.map(_size, images, names)):
+        sizes[row] = size
+        if problem:
+            problems.append(f"{names[row]}: {problem}")
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of {len(images)} images cannot be read: {_listed(problems)}."
+        )
+    return sizes
+
+
+def _size(image: Any, name: str) -> tuple:
+    """Height and width of an image, and what is wrong with it."""
+    if _is_path(image) or isinstance(image, bytes):
+        size, problem = _graph_functions()["read_size"](_content(image))
+        return size.numpy(), problem.numpy().decode()
+    if _is_picture(image):
+        return (image.height, image.width), ""
+    if not _is_array(image):
+        raise TypeError(
+            f"An image is a path, bytes of a file, a PIL image or an array; {name} is of type "
+            f"{type(image).__name__}."
+        )
+    dtype = getattr(image.dtype, "name", str(image.dtype)).removeprefix("torch.")
+    if not dtype.startswith(("float", "bfloat", "uint", "int")):
+        raise TypeError(f"Pixels are numbers in 0..255; {name} has dtype {dtype}.")
+    shape = tuple(image.shape)
+    if len(shape) not in (2, 3) or 0 in shape or shape[2:] not in ((), (3,)):
+        return (0, 0), (
+            f"an array of shape {shape}; [height, width, 3] or [height, width] is wanted"
+        )
+    return shape[:2], ""
+
+
+def _listed(names: Any) -> str:
+    names = list(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return "; ".join(names[:5]) + more
+
+
+def _batches(
+    model: FasterRCNN, resized: np.ndarray, shorter_edge: int, longest_edge: int, batch_size: int
+) -> list[tuple[np.ndarray, tuple[int, int]]]:
+    """Which images make up a batch, and height and width of the batch."""
+    from keras_fpn.data.image_files import bucket_shapes
+
+    fixed = model.image_shape[:2]
+    shapes = np.array(bucket_shapes(shorter_edge, longest_edge))
+    if None not in fixed:
+        if (resized > fixed).any():
+            raise ValueError(
+                f"The model was built for images of shape {model.image_shape}; with shorter_edge "
+                f"{shorter_edge} and longest_edge {longest_edge} an image is resized to "
+                f"{resized[(resized > fixed).any(axis=1)][0].tolist()}."
+            )
+        shapes = np.array([fixed])
+    is_compiled = model.jit_compile and not model.run_eagerly
+    shape_of = (resized[:, None] <= shapes).all(axis=-1).argmax(axis=1)
+    order = np.lexsort((resized[:, 1], resized[:, 0], shape_of))
+    batches = []
+    for number, shape in enumerate(shapes):
+        rows = order[shape_of[order] == number]
+        for start in range(0, len(rows), batch_size):
+            if is_compiled:
+                # A smaller last batch would be compiled too: a few images are seen twice instead.
+                start = min(start, max(len(rows) - batch_size, 0))
+            members = rows[start : start + batch_size]
+            if not is_compiled and None in fixed:
+                shape = resized[members].max(axis=0)
+            batches.append((members, (int(shape[0]), int(shape[1]))))
+    return batches
+
+
+def _one_ahead(start: Callable, batches: list) -> Iterator:
+    """`start(batch)` of each batch, the next one started when one is handed out."""
+    started = None
+    for batch in batches:
+        following = start(batch)
+        if started is not None:
+            yield started
+        started = following
+    yield started
+
+
+# === Pixels and boxes ===
+
+
+@functools.cache
+def _graph_functions() -> dict[str, Callable]:
+    """TensorFlow's part, traced once for all sizes, on the CPU whatever else is there."""
+    import tensorflow as tf
+
+    from keras_fpn.data.image_files import read_image, read_image_size, resize_image, resized_size
+
+    file, size = tf.TensorSpec([], tf.string), tf.TensorSpec([2], tf.int32)
+    edge = tf.TensorSpec([], tf.int32)
+
+    def on_cpu(function: Callable, *signature: tf.TensorSpec) -> Callable:
+        def placed(*arguments):
+            with tf.device("CPU"):
+                return function(*arguments)
+
+        return tf.function(placed, input_signature=signature)
+
+    def read_resized(content, wanted):
+        image, problem = read_image(content)
+        pixels = tf.cond(
+            tf.equal(problem, ""), lambda: resize_image(image, wanted), lambda: tf.zeros([0, 0, 3])
+        )
+        return tf.ensure_shape(pixels, [None, None, 3]), problem
+
+    return {
+        "read_size": on_cpu(read_image_size, file),
+        "read_resized": on_cpu(read_resized, file, size),
+        "resize": on_cpu(resize_image, tf.TensorSpec([None, None, 3], tf.float32), size),
+        "resized_sizes": on_cpu(resized_size, tf.TensorSpec([None, 2], tf.int32), edge, edge),
+    }
+
+
+def _resized_pixels(image: Any, name: str, size: np.ndarray) -> np.ndarray:
+    """Float32 `[*size, 3]` of any image."""
+    if _is_path(image) or isinstance(image, bytes):
+        pixels, problem = _graph_functions()["read_resized"](_content(image), size)
+        problem = problem.numpy().decode()
+        if problem:
+            raise ValueError(f"{name} cannot be read: {problem}.")
+        return pixels.numpy()
+    return _graph_functions()["resize"](_pixels(image), size).numpy()
+
+
+def _to_xyxy(model: FasterRCNN, detections: dict, image_sizes: np.ndarray) -> dict:
+    """Detections of a batch as arrays, boxes as `xyxy` pixels of the batch."""
+    boxes = convert_boxes(detections["boxes"], model.bounding_box_format, "xyxy", image_sizes)
+    return {
+        "boxes": keras.ops.convert_to_numpy(boxes),
+        "scores": keras.ops.convert_to_numpy(detections["scores"]),
+        "labels": keras.ops.convert_to_numpy(detections["labels"]),
+    }
+
+
+def _own_detections(
+    detections: dict, resized: np.ndarray, size: np.ndarray, score_threshold: float | None
+) -> dict:
+    """Detections of one image in its own pixels, without padding."""
+    real = detections["labels"] >= 0
+    if score_threshold is not None:
+        real &= detections["scores"] >= score_threshold
+    edges = np.tile(size[::-1], 2)
+    boxes = detections["boxes"][real] * (edges / np.tile(resized[::-1], 2))
+    return {
+        "boxes": np.clip(boxes, 0, edges).astype("float32"),
+        "scores": detections["scores"][real],
+        "labels": detections["labels"][real],
+    }

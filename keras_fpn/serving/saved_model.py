@@ -1,0 +1,387 @@
+"""From a detector to what TensorFlow Serving answers with: files or pixels in, boxes out."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_fpn.faster_rcnn import FasterRCNN
+from keras_fpn.serving.folding import fold_normalization
+
+# What pixels pass through, and so what bfloat16 applies to; boxes stay float32.
+_FEATURE_STAGES = ("backbone", "feature_pyramid", "rpn_head", "roi_pooling", "box_head")
+_PARALLEL_IMAGES = 8  # Images of a request that are decoded at a time.
+_WARM_UP_IMAGE = (60, 80)  # Height and width, in the most frequent ratio of a camera's edges.
+_BATCHING_PARAMETERS = """\
+# For --enable_batching, with requests of the signature `encoded_images`: a batch of `images` would
+# have to be of one size. See examples/serving/README.md.
+max_batch_size { value: 4 }
+batch_timeout_micros { value: 5000 }
+max_enqueued_batches { value: 64 }
+num_batch_threads { value: 2 }
+"""
+
+
+def export_saved_model(
+    model: FasterRCNN,
+    path: str | os.PathLike,
+    *,
+    shorter_edge: int = 800,
+    longest_edge: int = 1333,
+    frozen: bool = False,
+    precision: str = "float32",
+    class_names: Sequence[str] | None = None,
+    warm_up: bool = True,
+) -> None:
+    """Writes a SavedModel that answers in TensorFlow Serving, or with TensorFlow alone.
+
+    Two signatures hold everything from the file to the detections:
+
+    - `serving_default`: `images`, uint8 `[batch, height, width, 3]` RGB of any size;
+    - `encoded_images`: `image_bytes`, string `[batch]`, the contents of JPEG, PNG, GIF (its first
+      frame), BMP or still WebP files, of different sizes in one request. A file that cannot be read
+      is an InvalidArgumentError that names its position; one whose header claims more than
+      `keras_fpn.data.image_files.MAX_PIXELS` is refused before it is decoded.
+
+    An image is resized as `detect` does it, and images of a request are padded to the largest of
+    them (or to the shape that the model was built for): a single image has the detections that
+    `model.predict` gives for the resized image.
+
+    Both signatures return, with D the model's `max_detections`:
+
+    - `detection_boxes`: float32 `[batch, D, 4]`, `ymin, xmin, ymax, xmax` relative to the height
+      and width of the caller's own image, within 0..1;
+    - `detection_scores`: float32 `[batch, D]`, in falling order;
+    - `detection_classes`: float32 `[batch, D]`, the model's labels 0..num_classes-1. Clients of
+      TensorFlow's object detection models read floats here;
+    - `detection_class_names`: string `[batch, D]`, where `class_names` are given;
+    - `num_detections`: float32 `[batch]`, how many rows of an image are detections. The rows behind
+      them are zeros (and empty names), a class of 0 among them.
+
+    Batch norms are folded into convolutions. Beside `path`, in the folder of the model, a
+    `model.config` and a `batching_parameters.txt` for the server are written where there are none.
+
+    Args:
+        model: the detector; it is left unchanged.
+        path: a new folder, `models/detector/1`: the server knows the model `detector` by versions
+            with numbers for names. It appears under this name when it is complete.
+        shorter_edge: length to which the shorter edge of an image is resized, in pixels.
+        longest_edge: limit of the longer edge, in pixels; the shorter one gives way to it.
+        frozen: whether weights are constants of the graph, or variables in files of their own.
+            With constants an answer takes some percent less time, and loading takes several times
+            the time and twice the memory.
+        precision: "float32", or "bfloat16" for weights and features (half the size, and faster
+            where the hardware has it); box arithmetic is float32 in both.
+        class_names: the name of every label, `model.class_names` for instance, for the output
+            `detection_class_names`.
+        warm_up: whether `assets.extra` gets a request for each signature, which the server answers
+            before it is ready, so that no client waits for the first answer.
+
+    Raises:
+        NotImplementedError: on another backend than TensorFlow.
+        TypeError: `model` is no `FasterRCNN`.
+        ValueError: an argument is out of range, or the images would not fit in the shape that the
+            model was built for.
+        FileExistsError: there is something at `path`.
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise NotImplementedError(
+            "export_saved_model() needs the TensorFlow backend; this is the "
+            f"{keras.backend.backend()} backend. A model saved with model.save() loads on either."
+        )
+    _check_arguments(model, shorter_edge, longest_edge, precision, class_names)
+    path = Path(os.path.abspath(path))
+    if os.path.lexists(path):
+        raise FileExistsError(
+            f"A new folder is wanted, so that nothing is overwritten; {str(path)!r} already exists."
+        )
+    is_version = path.name.isascii() and path.name.isdigit()
+    if not is_version:
+        warnings.warn(
+            "TensorFlow Serving finds versions of a model by their numbers, as in "
+            f"'models/detector/1'; it will not find {str(path)!r}.",
+            stacklevel=2,
+        )
+    with _appears_complete(path) as folder:
+        copy = _inference_copy(model, precision)
+        signatures = _signatures(copy, shorter_edge, longest_edge, frozen, class_names)
+        _save(signatures, [] if frozen else copy.variables, folder)
+        if warm_up:
+            _write_warm_up_requests(folder, path.parent.name)
+        if is_version:
+            _write_where_missing(path.parent / "model.config", _model_config(path.parent))
+            _write_where_missing(path.parent / "batching_parameters.txt", _BATCHING_PARAMETERS)
+
+
+def _check_arguments(model, shorter_edge, longest_edge, precision, class_names):
+    if not isinstance(model, FasterRCNN):
+        raise TypeError(f"`model` is a FasterRCNN; received {type(model).__name__}.")
+    for name, value in (("shorter_edge", shorter_edge), ("longest_edge", longest_edge)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` is a whole number from 1 on; received {value!r}.")
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"`precision` is 'float32' or 'bfloat16'; received {precision!r}.")
+    if class_names is not None and (
+        isinstance(class_names, str)
+        or len(class_names) != model.num_classes
+        or not all(isinstance(name, str) for name in class_names)
+    ):
+        raise ValueError(
+            f"`class_names` has a name for each of the {model.num_classes} classes; received "
+            f"{class_names!r}."
+        )
+    if any(edge is not None and edge < longest_edge for edge in model.image_shape[:2]):
+        raise ValueError(
+            f"The model was built for images of shape {tuple(model.image_shape)}; with "
+            f"longest_edge={longest_edge} an image can be {longest_edge} pixels high or wide."
+        )
+
+
+# === The model ===
+
+
+def _inference_copy(model: FasterRCNN, precision: str) -> FasterRCNN:
+    """The detector with folded norms, features in `precision`, and boxes as the outputs have them.
+
+    Relative to the resized image is relative to the caller's own.
+    """
+    folded = fold_normalization(model)
+    config = folded.get_config()
+    config["detection_generator"]["config"]["bounding_box_format"] = "rel_yxyx"
+    policy = keras.dtype_policies.serialize(keras.DTypePolicy(precision))
+    for stage in _FEATURE_STAGES:
+        config[stage] = _with_policy(config[stage], policy)
+    copy = FasterRCNN.from_config(config)
+    copy.set_weights(folded.get_weights())
+    return copy
+
+
+def _with_policy(config, policy: dict):
+    """A serialized layer or model in which every layer has the given dtype policy."""
+    if isinstance(config, dict):
+        if config.get("class_name") == "DTypePolicy":
+            return policy
+        return {name: _with_policy(value, policy) for name, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return type(config)(_with_policy(value, policy) for value in config)
+    return config
+
+
+# === The graph ===
+
+
+def _signatures(
+    model: FasterRCNN,
+    shorter_edge: int,
+    longest_edge: int,
+    frozen: bool,
+    class_names: Sequence[str] | None,
+) -> dict:
+    """The function of each signature, traced for all sizes at once."""
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    from keras_fpn.data.image_files import read_image, read_image_size, resize_image, resized_size
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None, None, None, 3], tf.float32),
+            tf.TensorSpec([None, 2], tf.int32),
+        ],
+        autograph=False,
+    )
+    def detect(images, image_sizes):
+        if model.image_shape[:2] != (None, None):
+            padding = [
+                [0, 0 if edge is None else edge - size]
+                for edge, size in zip(
+                    model.image_shape, tf.unstack(tf.shape(images))[1:], strict=True
+                )
+            ]
+            images = tf.ensure_shape(tf.pad(images, [[0, 0], *padding]), [None, *model.image_shape])
+        found = model({"images": images, "image_sizes": image_sizes}, training=False)
+        return [found[name] for name in ("boxes", "scores", "labels", "num_detections")]
+
+    # One function that both signatures call, so that the weights are stored once.
+    detect = detect.get_concrete_function()
+    if frozen:
+        detect = convert_variables_to_constants_v2(detect, lower_control_flow=False)
+
+    def answer(images, image_sizes):
+        """The outputs of a batch of resized images."""
+        boxes, scores, labels, count = detect(images, image_sizes)
+        rows = model.detection_generator.max_detections
+        outputs = {
+            "detection_boxes": tf.ensure_shape(boxes, [None, rows, 4]),
+            "detection_scores": tf.ensure_shape(scores, [None, rows]),
+            "detection_classes": tf.cast(tf.maximum(labels, 0), tf.float32),
+            "num_detections": tf.cast(count, tf.float32),
+        }
+        if class_names is not None:
+            names = tf.gather(tf.constant(list(class_names)), tf.maximum(labels, 0))
+            outputs["detection_class_names"] = tf.where(labels >= 0, names, "")
+        return outputs
+
+    def serving_default(images):
+        shape = tf.shape(images)
+        problem = tf.where(
+            tf.reduce_all(shape > 0),
+            "",
+            tf.strings.format("`images` of shape {} has no pixels", (shape,)),
+        )
+        with tf.control_dependencies([tf.debugging.Assert(tf.equal(problem, ""), [problem])]):
+            size = resized_size(shape[1:3], shorter_edge, longest_edge)
+        return answer(resize_image(images, size), tf.tile(size[None], [shape[0], 1]))
+
+    def assert_readable(problems):
+        """An op that fails where one of the `problems`, a string for each image, is not empty."""
+        rows = tf.where(tf.not_equal(problems, ""))[:, 0]
+        named = tf.strings.join(
+            ["image_bytes[", tf.strings.as_string(rows), "]: ", tf.gather(problems, rows)]
+        )
+        count = tf.strings.join(
+            [tf.strings.as_string(tf.size(n)) for n in (rows, problems)], separator=" of "
+        )
+        text = [count, "images cannot be read:", tf.strings.reduce_join(named, separator="; ")]
+        return tf.debugging.Assert(
+            tf.equal(tf.size(rows), 0), [tf.strings.join(text, separator=" ")]
+        )
+
+    def for_each(function: Callable, values, signature):
+        return tf.map_fn(
+            function, values, fn_output_signature=signature, parallel_iterations=_PARALLEL_IMAGES
+        )
+
+    def encoded_images(image_bytes):
+        no_files = tf.debugging.Assert(tf.size(image_bytes) > 0, ["`image_bytes` has no files"])
+        with tf.control_dependencies([no_files]):
+            files = tf.identity(image_bytes)
+        text = tf.TensorSpec([], tf.string)
+        sizes, problems = for_each(read_image_size, files, (tf.TensorSpec([2], tf.int32), text))
+        # Nothing is decoded before all headers are found to be good.
+        with tf.control_dependencies([assert_readable(problems)]):
+            sizes = resized_size(sizes, shorter_edge, longest_edge)
+        height, width = tf.unstack(tf.reduce_max(sizes, axis=0))
+
+        def read_resized(file_and_size):
+            file, size = file_and_size
+            image, problem = read_image(file)
+
+            def resized():
+                padding = [[0, height - size[0]], [0, width - size[1]], [0, 0]]
+                return tf.pad(resize_image(image, size), padding)
+
+            nothing = tf.zeros([height, width, 3])
+            return tf.cond(tf.equal(problem, ""), resized, lambda: nothing), problem
+
+        pixels = tf.TensorSpec([None, None, 3], tf.float32)
+        images, problems = for_each(read_resized, (files, sizes), (pixels, text))
+        with tf.control_dependencies([assert_readable(problems)]):
+            images = tf.identity(images)
+        return answer(images, sizes)
+
+    inputs = {
+        serving_default: tf.TensorSpec([None, None, None, 3], tf.uint8, name="images"),
+        encoded_images: tf.TensorSpec([None], tf.string, name="image_bytes"),
+    }
+    return {
+        function.__name__: tf.function(
+            function, input_signature=[spec], autograph=False
+        ).get_concrete_function()
+        for function, spec in inputs.items()
+    }
+
+
+# === The folder ===
+
+
+@contextlib.contextmanager
+def _appears_complete(path: Path):
+    """A folder to write to that gets its name `path` when all went well, and is gone otherwise.
+
+    A server that watches the folder above never sees a part of a model: this name is no number.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    folder.mkdir()
+    try:
+        yield folder
+        if os.path.lexists(path):
+            raise FileExistsError(f"{str(path)!r} came into being meanwhile.")
+        folder.rename(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save(signatures: dict, variables: Sequence[keras.Variable], folder: Path) -> None:
+    import tensorflow as tf
+
+    module = tf.Module()
+    module.weights = [variable.value for variable in variables]
+    # Nothing is trained there; and gradients that capture a tensor cannot be saved.
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    tf.saved_model.save(module, str(folder), signatures, options)
+
+
+def _model_config(folder: Path) -> str:
+    """A `ModelServerConfig` of one model in protobuf's text format; the server wants full paths."""
+    name, base_path = (json.dumps(text, ensure_ascii=False) for text in (folder.name, str(folder)))
+    return (
+        "model_config_list {\n  config {\n"
+        f'    name: {name}\n    base_path: {base_path}\n    model_platform: "tensorflow"\n'
+        "  }\n}\n"
+    )
+
+
+def _write_where_missing(path: Path, text: str) -> None:
+    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+        file.write(text)
+
+
+# === Warm-up ===
+
+
+def _write_warm_up_requests(folder: Path, model_name: str) -> None:
+    """A request for each signature where TensorFlow Serving looks for them."""
+    import tensorflow as tf
+
+    pixels = np.random.RandomState(0).randint(0, 256, (*_WARM_UP_IMAGE, 3)).astype("uint8")
+    requests = {
+        "serving_default": {"images": tf.make_tensor_proto(pixels[None])},
+        "encoded_images": {
+            "image_bytes": tf.make_tensor_proto([tf.io.encode_jpeg(pixels).numpy()])
+        },
+    }
+    (folder / "assets.extra").mkdir()
+    file = folder / "assets.extra" / "tf_serving_warmup_requests"
+    with tf.io.TFRecordWriter(str(file)) as writer:
+        for signature, inputs in requests.items():
+            writer.write(_prediction_log(model_name, signature, inputs))
+
+
+def _prediction_log(model_name: str, signature: str, inputs: dict) -> bytes:
+    """A `PredictionLog` of tensorflow_serving/apis/prediction_log.proto that holds a request.
+
+    Written by hand, for a few fields of a package that nothing else here needs.
+    """
+    model_spec = _field(1, model_name.encode()) + _field(3, signature.encode())
+    request = _field(1, model_spec)
+    for name, tensor in inputs.items():
+        request += _field(2, _field(1, name.encode()) + _field(2, tensor.SerializeToString()))
+    return _field(6, _field(1, request))  # PredictionLog.predict_log.request
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of a protobuf message whose value is bytes, text or another message."""
+    length, encoded = len(content), bytearray([number << 3 | 2])
+    while length >= 128:
+        encoded.append(length % 128 + 128)
+        length //= 128
+    return bytes(encoded) + bytes([length]) + content

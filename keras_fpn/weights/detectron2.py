@@ -1,0 +1,193 @@
+"""Detectron2's Faster R-CNN and RPN on ResNet-FPN, by its names and its conventions."""
+
+import math
+import re
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+
+from keras_fpn.resnet import ResNet
+from keras_fpn.weights.plan import (
+    Entry,
+    assign,
+    channels_last_columns,
+    convolution,
+    count_names,
+    dense,
+    normalization,
+    normalization_kind,
+    resnet_name,
+)
+
+BOTTOM_UP = "backbone.bottom_up."
+RPN_HEAD = "proposal_generator.rpn_head"
+BOX_HEAD = "roi_heads.box_head"
+PREDICTOR = "roi_heads.box_predictor"
+# What state dicts hold beside weights: numbers of its configuration.
+BUFFERS = r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\.cell_anchors\.\d+"
+
+
+def is_detectron2(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether the names are those of Detectron2."""
+    return f"{RPN_HEAD}.objectness_logits.weight" in arrays
+
+
+def detectron2_architecture(arrays: Mapping[str, np.ndarray]) -> dict:
+    """The arguments of `build_fpn_faster_rcnn` that give what Detectron2 computes.
+
+    What no array tells follows its model zoo: ResNets stride in the 1x1 and read pixels of
+    deviation 1, ResNeXts stride in the 3x3 and read pixels divided by their deviation.
+
+    Raises:
+        ValueError: where they are no model on a ResNet with a feature pyramid.
+    """
+    lateral = arrays.get("backbone.fpn_lateral2.weight")
+    if lateral is None or np.ndim(lateral) != 4:
+        raise ValueError(
+            "Of Detectron2's models, those on a ResNet with a feature pyramid from stride 4 on are "
+            "read; these weights have no backbone.fpn_lateral2."
+        )
+    blocks = tuple(
+        count_names(arrays, rf"backbone\.bottom_up\.res{stage}\.\d+\.conv1\.weight")
+        for stage in range(2, 6)
+    )
+    backbone = resnet_name(
+        blocks,
+        f"{BOTTOM_UP}res2.0.conv3.weight" in arrays,
+        np.shape(arrays.get(f"{BOTTOM_UP}res2.0.conv2.weight")),
+    )
+    grouped = backbone.startswith("resnext")
+    architecture = {
+        "backbone": backbone,
+        "normalization": normalization_kind(arrays, f"{BOTTOM_UP}stem.conv1.norm"),
+        "stride_in_1x1": not grouped and int(backbone.removeprefix("resnet")) >= 50,
+        "channel_order": "bgr",
+        "pixel_std": (58.395, 57.12, 57.375) if grouped else (1.0, 1.0, 1.0),
+        "pyramid_channels": lateral.shape[0],
+        "pyramid_normalization": normalization_kind(arrays, "backbone.fpn_lateral2.norm"),
+        "rpn_hidden_layers": len(_rpn_convolutions(arrays)),
+        "round_anchors": False,
+        "anchor_strides": (4, 8, 16, 32, 64),
+        "rpn_training_post_nms": 1000,
+        # Any box with an area stays, however small.
+        "rpn_min_size": 1e-12,
+        "min_detection_size": 0.0,
+        "max_log_scale": math.log(1000.0 / 16),
+        "roi_aligned": True,
+        "roi_sampling_ratio": None,
+        "smooth_l1_beta": 0.0,
+    }
+    for level in range(5):
+        cell = arrays.get(f"proposal_generator.anchor_generator.cell_anchors.{level}")
+        if cell is not None:
+            _check_anchors(np.asarray(cell), 32 * 2**level)
+    for buffer in ("pixel_mean", "pixel_std"):
+        if np.size(arrays.get(buffer, ())) == 3:
+            architecture[buffer] = tuple(float(x) for x in np.ravel(arrays[buffer])[::-1])
+    if f"{PREDICTOR}.cls_score.bias" in arrays:
+        hidden = arrays.get(f"{BOX_HEAD}.fc1.weight")
+        if hidden is None or np.ndim(hidden) != 2:
+            raise ValueError("The box head of these weights has no fully connected hidden layer.")
+        architecture |= {
+            "num_classes": len(arrays[f"{PREDICTOR}.cls_score.bias"]) - 1,
+            "head_convolutions": count_names(arrays, r"roi_heads\.box_head\.conv\d+\.weight"),
+            "head_normalization": normalization_kind(arrays, f"{BOX_HEAD}.conv1.norm"),
+            "head_hidden_layers": count_names(arrays, r"roi_heads\.box_head\.fc\d+\.weight"),
+            "head_hidden_dim": hidden.shape[0],
+            "roi_output_size": round((hidden.shape[1] / lateral.shape[0]) ** 0.5),
+        }
+    return architecture
+
+
+def load_detectron2_arrays(
+    model: keras.Model, arrays: Mapping[str, np.ndarray], *, with_classes: bool
+) -> None:
+    """Loads a state dict of Detectron2; of an RPN alone, all but the box head.
+
+    Args:
+        model: from `build_fpn_faster_rcnn`, with `detectron2_architecture`.
+        arrays: name to array.
+        with_classes: whether the layers whose shape depends on the classes are loaded too.
+
+    Raises:
+        ValueError: for names that are missing or left over, and shapes or values that do not fit;
+            nothing of the model has changed then.
+    """
+    arrays = {k: v for k, v in arrays.items() if not re.fullmatch(BUFFERS, k)}
+    pyramid, head = model.feature_pyramid, model.box_head
+    plan = _backbone_plan(model.backbone)
+    for level in pyramid.laterals:
+        for name, layers, norms in (
+            ("lateral", pyramid.laterals, pyramid.lateral_norms),
+            ("output", pyramid.outputs, pyramid.output_norms),
+        ):
+            plan += convolution(f"backbone.fpn_{name}{level[1:]}", layers[level])
+            if norms:
+                plan += normalization(f"backbone.fpn_{name}{level[1:]}.norm", norms[level])
+    for name, layer in zip(_rpn_convolutions(arrays), model.rpn_head.hidden, strict=False):
+        plan += convolution(name, layer)
+    plan += convolution(f"{RPN_HEAD}.objectness_logits", model.rpn_head.objectness)
+    plan += convolution(f"{RPN_HEAD}.anchor_deltas", model.rpn_head.deltas)
+    if any(name.startswith("roi_heads.") for name in arrays):
+        for number, layer in enumerate(head.convolved, start=1):
+            plan += convolution(f"{BOX_HEAD}.conv{number}", layer)
+            if head.norms:
+                plan += normalization(f"{BOX_HEAD}.conv{number}.norm", head.norms[number - 1])
+        bins = model.roi_pooling.output_size
+        for number, layer in enumerate(head.hidden, start=1):
+            columns = {"columns": channels_last_columns(bins)} if number == 1 else {}
+            plan += dense(f"{BOX_HEAD}.fc{number}", layer, **columns)
+        if with_classes:
+            # The background is the last, as here.
+            plan += dense(f"{PREDICTOR}.cls_score", head.class_logits)
+            plan += dense(f"{PREDICTOR}.bbox_pred", head.deltas)
+        else:
+            arrays = {k: v for k, v in arrays.items() if not k.startswith(PREDICTOR)}
+    assign(plan, arrays)
+
+
+def _check_anchors(cell: np.ndarray, size: int) -> None:
+    ratios = np.array([0.5, 1.0, 2.0])
+    sides = size * np.stack([1 / np.sqrt(ratios), np.sqrt(ratios)], axis=-1)
+    if cell.shape != (3, 4) or not np.allclose(cell[:, 2:] - cell[:, :2], sides, atol=1.0):
+        raise ValueError(
+            f"Detectors of Detectron2 with anchors of sizes 32 to 512 and ratios 0.5, 1 and 2 are "
+            f"read; one of these has the cell anchors {cell.tolist()} in place of size {size}."
+        )
+
+
+def _rpn_convolutions(arrays) -> list[str]:
+    several = sorted(
+        {
+            match[1]
+            for name in arrays
+            if (match := re.match(rf"({RPN_HEAD}\.conv\.conv\d+)\.", name))
+        },
+        key=lambda name: int(name.rsplit("conv", 1)[1]),
+    )
+    return several or [f"{RPN_HEAD}.conv"]
+
+
+def _backbone_plan(backbone) -> list[Entry]:
+    if not isinstance(backbone, ResNet):
+        raise ValueError(
+            "Detectron2's weights are for its ResNets; the model's backbone is "
+            f"{backbone.name!r} of type {type(backbone).__name__}."
+        )
+    plan = []
+    for layer in backbone.layers:
+        if not layer.weights:
+            continue
+        if layer.name.startswith("stem"):
+            name = f"{BOTTOM_UP}stem.conv1"
+        else:
+            stage, block, part = re.fullmatch(
+                r"stage(\d)_block(\d+)_(shortcut|conv\d|norm\d)\w*", layer.name
+            ).groups()
+            name = f"{BOTTOM_UP}res{stage}.{block}.{part.replace('norm', 'conv')}"
+        if "norm" in layer.name:
+            plan += normalization(f"{name}.norm", layer)
+        else:
+            plan += convolution(name, layer)
+    return plan

@@ -1,0 +1,220 @@
+"""torchvision's Faster R-CNN on ResNets, by its names: what it is made of, and where it goes."""
+
+import os
+import re
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+
+from keras_fpn.data.coco_classes import COCO_IDS_AND_NAMES
+from keras_fpn.resnet import ResNet
+from keras_fpn.weights.plan import (
+    Entry,
+    assign,
+    channels_last_columns,
+    convolution,
+    count_names,
+    dense,
+    normalization,
+    normalization_kind,
+    read_arrays,
+    resnet_name,
+)
+
+PREDICTOR = "roi_heads.box_predictor"
+
+
+def load_torchvision_weights(
+    model: keras.Model, state_dict: Mapping[str, np.ndarray] | str | os.PathLike
+) -> None:
+    """Loads a torchvision Faster R-CNN with a ResNet-FPN backbone into a detector.
+
+    Nothing of the model changes unless everything fits. PyTorch is not needed.
+
+    Args:
+        model: from `build_fpn_faster_rcnn` with a ResNet backbone, made as the weights are (what
+            `build_fpn_faster_rcnn(weights=...)` reads from the file itself). Torchvision counts the
+            background: its 91 classes are `num_classes=90` here, of which `num_classes=80` takes
+            those that COCO uses.
+        state_dict: mapping of torchvision's names to arrays (or tensors), or the path of a `.pth`
+            or `.npz` file of one.
+
+    Raises:
+        FileNotFoundError: where the path is no file.
+        ValueError: for names that are missing or left over, and shapes or values that do not fit.
+    """
+    load_torchvision_arrays(model, torchvision_arrays(state_dict), with_classes=True)
+
+
+def torchvision_arrays(state_dict: Mapping | str | os.PathLike) -> dict[str, np.ndarray]:
+    """As `read_arrays`, under the names that torchvision gives since its version 0.13.
+
+    Its published COCO_V1 checkpoint has the names from before.
+    """
+    arrays = {}
+    for name, value in read_arrays(state_dict).items():
+        name = re.sub(r"^(backbone\.fpn\.\w+_blocks\.\d+)\.(weight|bias)$", r"\1.0.\2", name)
+        name = re.sub(r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1", name)
+        arrays[name] = value
+    return arrays
+
+
+def torchvision_architecture(arrays: Mapping[str, np.ndarray]) -> dict:
+    """The arguments of `build_fpn_faster_rcnn` that the arrays of a detector decide.
+
+    Raises:
+        ValueError: where they are no Faster R-CNN on a ResNet of torchvision.
+    """
+    lateral = arrays.get("backbone.fpn.inner_blocks.0.0.weight")
+    if lateral is None or np.ndim(lateral) != 4 or f"{PREDICTOR}.cls_score.bias" not in arrays:
+        raise ValueError(
+            "These are not the weights of a torchvision Faster R-CNN with a feature pyramid"
+            + (": a classifier's are for `backbone_weights`." if "fc.weight" in arrays else ".")
+        )
+    linear = _hidden_layers(arrays)
+    hidden = arrays[f"{linear[0]}.weight"] if linear else None
+    if hidden is None or np.ndim(hidden) != 2:
+        raise ValueError("The box head of these weights has no fully connected hidden layer.")
+    convolutions = count_names(arrays, r"roi_heads\.box_head\.\d+\.0\.weight")
+    return {
+        "num_classes": len(arrays[f"{PREDICTOR}.cls_score.bias"]) - 1,
+        "backbone": _backbone(arrays, "backbone.body."),
+        "pyramid_channels": lateral.shape[0],
+        "pyramid_normalization": normalization_kind(arrays, "backbone.fpn.inner_blocks.0.1"),
+        "rpn_hidden_layers": count_names(arrays, r"rpn\.head\.conv\.\d+\.0\.weight"),
+        "head_convolutions": convolutions,
+        "head_normalization": normalization_kind(arrays, "roi_heads.box_head.0.1"),
+        "head_hidden_layers": len(linear),
+        "head_hidden_dim": hidden.shape[0],
+        "roi_output_size": round((hidden.shape[1] / lateral.shape[0]) ** 0.5),
+    }
+
+
+def load_torchvision_arrays(
+    model: keras.Model, arrays: Mapping[str, np.ndarray], *, with_classes: bool
+) -> None:
+    """Loads the arrays that `torchvision_arrays` gives.
+
+    Args:
+        with_classes: whether the layers whose shape depends on the classes are loaded too.
+
+    Raises:
+        As `load_torchvision_weights`.
+    """
+    plan = _backbone_plan(model.backbone, prefix="backbone.body.")
+    pyramid, head = model.feature_pyramid, model.box_head
+    for index, level in enumerate(sorted(pyramid.laterals)):
+        for blocks, layers, norms in (
+            ("inner_blocks", pyramid.laterals, pyramid.lateral_norms),
+            ("layer_blocks", pyramid.outputs, pyramid.output_norms),
+        ):
+            name = f"backbone.fpn.{blocks}.{index}"
+            plan += convolution(f"{name}.0", layers[level])
+            if norms:
+                plan += normalization(f"{name}.1", norms[level])
+    for index, layer in enumerate(model.rpn_head.hidden):
+        plan += convolution(f"rpn.head.conv.{index}.0", layer)
+    plan += convolution("rpn.head.cls_logits", model.rpn_head.objectness)
+    plan += convolution("rpn.head.bbox_pred", model.rpn_head.deltas)
+    for index, layer in enumerate(head.convolved):
+        plan += convolution(f"roi_heads.box_head.{index}.0", layer)
+        if head.norms:
+            plan += normalization(f"roi_heads.box_head.{index}.1", head.norms[index])
+    linear = _hidden_layers(arrays) or ["roi_heads.box_head.fc6", "roi_heads.box_head.fc7"]
+    for index, (name, layer) in enumerate(zip(linear, head.hidden, strict=False)):
+        plan += (
+            dense(name, layer, columns=channels_last_columns(model.roi_pooling.output_size))
+            if index == 0
+            else dense(name, layer)
+        )
+    if with_classes:
+        plan += _class_plan(model, arrays)
+    else:
+        arrays = {k: v for k, v in arrays.items() if not k.startswith(PREDICTOR)}
+    assign(plan, arrays)
+
+
+def load_backbone_weights(
+    backbone: keras.Model, state_dict: Mapping[str, np.ndarray] | str | os.PathLike
+) -> None:
+    """Loads a torchvision ResNet classifier into a `ResNet`; its `fc` layer is left out.
+
+    Args:
+        backbone: a `keras_fpn.resnet.ResNet`.
+        state_dict: as for `load_torchvision_weights`.
+
+    Raises:
+        As `load_torchvision_weights`.
+    """
+    arrays = read_arrays(state_dict)
+    arrays = {name: value for name, value in arrays.items() if name not in ("fc.weight", "fc.bias")}
+    assign(_backbone_plan(backbone, prefix=""), arrays)
+
+
+def keeps_classes(checkpoint_classes: int, num_classes: int) -> bool:
+    """Whether the class-dependent layers of a checkpoint serve a model of `num_classes`."""
+    return checkpoint_classes == num_classes or (checkpoint_classes, num_classes) == (90, 80)
+
+
+def _class_plan(model, arrays) -> list[Entry]:
+    classes = np.shape(arrays.get(f"{PREDICTOR}.cls_score.bias", ()))
+    if classes and not keeps_classes(classes[0] - 1, model.num_classes):
+        raise ValueError(
+            f"The weights are for {classes[0] - 1} classes and the background; the model has "
+            f"num_classes={model.num_classes}."
+        )
+    # Theirs count the background, as class 0.
+    labels = np.arange(1, model.num_classes + 1)
+    if classes and classes[0] == 91 and model.num_classes == 80:
+        labels = np.array(list(COCO_IDS_AND_NAMES))
+    return [
+        *dense(
+            f"{PREDICTOR}.cls_score",
+            model.box_head.class_logits,
+            rows=lambda x: x[np.append(labels, 0)],
+        ),
+        *dense(
+            f"{PREDICTOR}.bbox_pred",
+            model.box_head.deltas,
+            rows=lambda x: x.reshape(-1, 4, *x.shape[1:])[labels].reshape(-1, *x.shape[1:]),
+        ),
+    ]
+
+
+def _hidden_layers(arrays) -> list[str]:
+    """The names of the box head's fully connected hidden layers, from the first to the last."""
+    names = [re.fullmatch(r"(roi_heads\.box_head\.(?:fc)?(\d+))\.weight", name) for name in arrays]
+    return [m[1] for m in sorted(filter(None, names), key=lambda match: int(match[2]))]
+
+
+def _backbone(arrays, prefix) -> str:
+    blocks = tuple(
+        count_names(arrays, rf"{re.escape(prefix)}layer{stage}\.\d+\.conv1\.weight")
+        for stage in range(1, 5)
+    )
+    bottleneck = f"{prefix}layer1.0.conv3.weight" in arrays
+    return resnet_name(blocks, bottleneck, np.shape(arrays.get(f"{prefix}layer1.0.conv2.weight")))
+
+
+def _backbone_plan(backbone, prefix) -> list[Entry]:
+    if not isinstance(backbone, ResNet):
+        raise ValueError(
+            "torchvision's names are those of its ResNets; the model's backbone is "
+            f"{backbone.name!r} of type {type(backbone).__name__}."
+        )
+    plan = []
+    for layer in backbone.layers:
+        if layer.weights:
+            name = prefix + _torchvision_name(layer.name)
+            plan += normalization(name, layer) if "norm" in layer.name else convolution(name, layer)
+    return plan
+
+
+def _torchvision_name(layer_name):
+    if layer_name.startswith("stem"):
+        return {"stem_conv": "conv1", "stem_norm": "bn1"}[layer_name]
+    stage, block, part = re.fullmatch(r"stage(\d)_block(\d+)_(\w+)", layer_name).groups()
+    part = re.sub(r"^norm", "bn", part)
+    part = {"shortcut_conv": "downsample.0", "shortcut_norm": "downsample.1"}.get(part, part)
+    return f"layer{int(stage) - 1}.{block}.{part}"

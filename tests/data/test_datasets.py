@@ -1,0 +1,330 @@
+"""Reading TFDS data sets and folders in COCO's layout."""
+
+import io
+import json
+import math
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from keras_fpn.data.datasets import load_dataset
+
+
+def read(dataset, *arguments):
+    return list(dataset.records(*arguments).as_numpy_iterator())
+
+
+def prepare_tfds(name, data_dir, examples, split="train"):
+    """Let TFDS write `examples` as the data set `name`, nothing downloaded."""
+    builder = tfds.builder(name, data_dir=str(data_dir))
+    builder._split_generators = lambda manager: {split: iter(enumerate(examples))}
+    tfds.disable_progress_bar()
+    builder.download_and_prepare()
+
+
+# === A folder in COCO's layout ===
+
+
+def test_a_folder_gives_what_its_annotations_say(coco_folder, plain):
+    objects = [
+        {"image_id": 20, "bbox": [6, 4, 30, 20], "category_id": 7, "area": 431.5},
+        {"image_id": 10, "bbox": [0, 0, 60, 40], "category_id": 3, "iscrowd": 1},
+        {"image_id": 20, "bbox": [0, 0, 15, 10], "category_id": 3},
+    ]
+    files = {"a.png": plain(1), "b.png": plain(2), "c.png": plain(3)}
+    dataset = load_dataset(coco_folder(files, objects), "train")
+    assert dataset.class_names == ["cat", "dog"]
+    assert dataset.category_ids == [3, 7]
+    assert dataset.num_images == 3
+
+    first, second, third = read(dataset)
+    assert [r["image_id"] for r in (first, second, third)] == [10, 20, 30]
+    assert second["file_name"] == b"b.png"
+    assert second["image_bytes"] == files["b.png"]
+    assert second["size"].tolist() == [40, 60]
+    np.testing.assert_allclose(second["boxes"], [[0.1, 0.1, 0.6, 0.6], [0, 0, 0.25, 0.25]])
+    assert second["labels"].tolist() == [1, 0]
+    assert second["area"][0] == 431.5
+    assert math.isnan(second["area"][1])
+    assert first["is_crowd"].tolist() == [True]
+    assert third["boxes"].shape == (0, 4)
+
+
+def test_the_ground_truth_of_a_folder_is_in_original_pixels(coco_folder, plain):
+    objects = [
+        {"image_id": 20, "bbox": [6.5, 4, 30, 20], "category_id": 7, "area": 431.5},
+        {"image_id": 10, "bbox": [1, 2, 8, 5], "iscrowd": 1},
+        {"image_id": 10, "bbox": [1, 2, 0, 5]},
+        {"image_id": 10, "bbox": [1, 2, math.nan, 5]},
+    ]
+    folder = coco_folder({"a.png": plain(1), "b.png": plain(2)}, objects)
+    truth = load_dataset(folder, "train").coco_ground_truth()
+    assert truth["images"] == [
+        {"id": 10, "file_name": "a.png", "height": 40, "width": 60},
+        {"id": 20, "file_name": "b.png", "height": 40, "width": 60},
+    ]
+    assert truth["categories"] == [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+    assert truth["annotations"] == [
+        {"id": 1, "image_id": 10, "category_id": 3, "bbox": [1, 2, 8, 5], "area": 40, "iscrowd": 1},
+        {
+            "id": 2,
+            "image_id": 20,
+            "category_id": 7,
+            "bbox": [6.5, 4, 30, 20],
+            "area": 431.5,
+            "iscrowd": 0,
+        },
+    ]
+
+
+def test_an_image_without_an_annotated_size_gets_that_of_its_header(coco_folder, plain):
+    images = [{"id": 1, "file_name": "a.png"}]
+    objects = [{"image_id": 1, "bbox": [6, 4, 30, 20]}]
+    folder = coco_folder({"a.png": plain(1, 20, 30)}, objects, images=images)
+    [record] = read(load_dataset(folder, "train"))
+    assert record["size"].tolist() == [20, 30]
+    np.testing.assert_allclose(record["boxes"], [[0.2, 0.2, 1.2, 1.2]])
+
+
+def test_the_order_is_a_function_of_the_seed_alone(coco_folder, plain, shapes_dir):
+    folder = load_dataset(coco_folder({f"{i}.png": plain(i) for i in range(10)}), "train")
+    shapes = load_dataset("keras_fpn_shapes", "train", str(shapes_dir))
+    for dataset in (folder, shapes):
+        in_order = [r["image_id"] for r in read(dataset)]
+        tf.random.set_seed(1)
+        one = [r["image_id"] for r in read(dataset, tf.constant([3, 4]))]
+        tf.random.set_seed(2)
+        again = [r["image_id"] for r in read(dataset, tf.constant([3, 4]))]
+        other = [r["image_id"] for r in read(dataset, tf.constant([3, 5]))]
+        assert one == again
+        assert one != other
+        assert one != in_order
+        assert sorted(one) == sorted(other) == sorted(in_order)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        ({"annotations": None}, ValueError, "'annotations' must be a list"),
+        ({"images": []}, ValueError, "0 images"),
+        ({"images": [{"id": "one", "file_name": "a.png"}]}, ValueError, "'id' 'one'"),
+        ({"images": [{"id": 1, "file_name": "a.png"}] * 2}, ValueError, "more than one image"),
+        ({"images": [{"id": 1, "file_name": "z.png"}]}, FileNotFoundError, "1 of the 1 .* z.png"),
+        ({"annotations": [{"id": 5, "image_id": 10}]}, ValueError, "annotation 5 .* 'category_id'"),
+        (
+            {"annotations": [{"id": 5, "image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4]}]},
+            ValueError,
+            "annotation 5 .* image 11 and category 3",
+        ),
+        (
+            {"annotations": [{"id": 5, "image_id": 10, "category_id": 4, "bbox": [1, 2, 3, 4]}]},
+            ValueError,
+            "image 10 and category 4",
+        ),
+        (
+            {"annotations": [{"id": 5, "image_id": 10, "category_id": 3, "bbox": [1, 2, 3]}]},
+            ValueError,
+            r"bbox \[1, 2, 3\]",
+        ),
+        (
+            {"annotations": [{"id": 5, "image_id": 10, "category_id": 3, "bbox": [1, 2, 3, "4"]}]},
+            ValueError,
+            r"bbox \[1, 2, 3, '4'\]",
+        ),
+    ],
+)
+def test_annotations_that_are_not_cocos_are_refused(coco_folder, plain, changes, error, sentence):
+    folder = coco_folder({"a.png": plain(1)}, **changes)
+    with pytest.raises(error, match=sentence):
+        load_dataset(folder, "train")
+
+
+@pytest.mark.parametrize("content", ['{"images": [', "[1, 2]", '{"captions": []}'])
+def test_a_json_of_another_kind_is_refused(coco_folder, plain, content):
+    folder = coco_folder({"a.png": plain(1)})
+    pathlib.Path(folder, "annotations", "instances_train.json").write_text(content)
+    with pytest.raises(ValueError, match=r"is not (JSON|COCO's)"):
+        load_dataset(folder, "train")
+
+
+def test_a_folder_that_is_not_cocos_is_refused(coco_folder, plain, tmp_path):
+    folder = coco_folder({"a.png": plain(1)})
+    with pytest.raises(ValueError, match="has no split 'trian'; it has train"):
+        load_dataset(folder, "trian")
+    with pytest.raises(ValueError, match="data_dir is for TensorFlow Datasets"):
+        load_dataset(folder, "train", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"not in COCO's layout.* a\.png"):
+        load_dataset(f"{folder}/train", "train")
+    with pytest.raises(NotADirectoryError, match=r"a\.png.* is a file"):
+        load_dataset(f"{folder}/train/a.png", "train")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
+        load_dataset(str(tmp_path / "nowhere"), "train")
+    shutil.rmtree(f"{folder}/train")
+    with pytest.raises(FileNotFoundError, match="folder of the images is missing"):
+        load_dataset(folder, "train")
+
+
+# === TensorFlow Datasets ===
+
+
+def test_coco_from_tfds_equals_coco_from_a_folder(coco_folder, encode, tmp_path):
+    random = np.random.default_rng(0)
+    file = encode(random.integers(0, 256, (40, 60, 3), np.uint8), "JPEG")
+    # A stop sign: label 11, category id 13, as id 12 is not in use. A toothbrush is 79 and 90.
+    boxes, labels, ids = [[6, 4, 30, 20], [1.5, 2, 3, 4]], [11, 79], [13, 90]
+    objects = [
+        {"image_id": 10, "bbox": box, "category_id": category, "area": 50, "iscrowd": crowd}
+        for box, category, crowd in zip(boxes, ids, (0, 1), strict=True)
+    ]
+    names = tfds.builder("coco/2017", data_dir=str(tmp_path)).info.features["objects"]["label"]
+    categories = [{"id": i, "name": names.int2str(n)} for n, i in zip(labels, ids, strict=True)]
+    folder = load_dataset(coco_folder({"a.jpg": file}, objects, categories=categories), "train")
+    prepare_tfds(
+        "coco/2017",
+        tmp_path,
+        [
+            {
+                "image": io.BytesIO(file),
+                "image/filename": "a.jpg",
+                "image/id": 10,
+                "objects": [
+                    {
+                        "area": 50,
+                        "bbox": tfds.features.BBox(
+                            ymin=y / 40, xmin=x / 60, ymax=(y + h) / 40, xmax=(x + w) / 60
+                        ),
+                        "id": 0,
+                        "is_crowd": bool(crowd),
+                        "label": label,
+                    }
+                    for (x, y, w, h), label, crowd in zip(boxes, labels, (0, 1), strict=True)
+                ],
+            }
+        ],
+    )
+    from_tfds = load_dataset("coco/2017", "train", str(tmp_path))
+    assert len(from_tfds.category_ids) == 80
+    assert [from_tfds.category_ids[label] for label in (0, *labels)] == [1, 13, 90]
+
+    [record], [expected] = read(from_tfds), read(folder)
+    assert record["labels"].tolist() == labels
+    for key in ("image_id", "file_name", "image_bytes", "is_crowd", "area"):
+        np.testing.assert_array_equal(record[key], expected[key])
+    np.testing.assert_allclose(record["boxes"], expected["boxes"], atol=1e-6)
+
+    truth, expected = from_tfds.coco_ground_truth(), folder.coco_ground_truth()
+    assert truth["images"] == expected["images"]
+    for annotation, wanted in zip(truth["annotations"], expected["annotations"], strict=True):
+        assert annotation.pop("bbox") == pytest.approx(wanted.pop("bbox"), abs=1e-4)
+        assert annotation == wanted
+
+
+def test_difficult_objects_of_voc_count_as_crowds(plain, tmp_path):
+    objects = [
+        {
+            "bbox": tfds.features.BBox(ymin=0.1, xmin=0.2, ymax=0.5, xmax=0.4),
+            "is_difficult": is_difficult,
+            "is_truncated": False,
+            "label": "dog",
+            "pose": "left",
+        }
+        for is_difficult in (False, True)
+    ]
+    example = {
+        "image": io.BytesIO(plain(1)),
+        "image/filename": "000005.jpg",
+        "labels": ["dog"],
+        "labels_no_difficult": ["dog"],
+        "objects": objects,
+    }
+    prepare_tfds("voc/2007", tmp_path, [example, example | {"objects": []}])
+    dataset = load_dataset("voc/2007", "train", str(tmp_path))
+    assert dataset.category_ids == list(range(1, 21))
+    # VOC gives no ids: they are positions in the split.
+    records = read(dataset)
+    assert sorted(r["image_id"] for r in records) == [0, 1]
+    [record] = [r for r in records if len(r["labels"])]
+    assert record["is_crowd"].tolist() == [False, True]
+    assert np.isnan(record["area"]).all()
+    annotations = dataset.coco_ground_truth()["annotations"]
+    assert [a["iscrowd"] for a in annotations] == [0, 1]
+    assert annotations[0]["bbox"] == pytest.approx([12, 4, 12, 16], abs=1e-4)
+    assert annotations[0]["area"] == pytest.approx(192, abs=1e-3)
+
+
+def test_a_part_of_a_split_can_be_asked_for(shapes_dir):
+    whole = load_dataset("keras_fpn_shapes", "train", str(shapes_dir))
+    part = load_dataset("keras_fpn_shapes", "train[2:6]", str(shapes_dir))
+    assert part.num_images == 4
+    wanted = [r["image_id"] for r in read(whole)[2:6]]
+    assert [r["image_id"] for r in read(part)] == wanted
+    assert sorted(r["image_id"] for r in read(part, tf.constant([1, 2]))) == sorted(wanted)
+
+
+def test_unknown_names_get_the_nearest_ones(shapes_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"no data set 'cocco/2017'; it has coco,"):
+        load_dataset("cocco/2017", "train")
+    with pytest.raises(ValueError, match=r"no data set 'coco/2018'.* coco/2017"):
+        load_dataset("coco/2018", "train")
+    with pytest.raises(ValueError, match="cannot open 'a name'"):
+        load_dataset("a name", "train")
+    with pytest.raises(ValueError, match="no split 'test'; it has train, validation"):
+        load_dataset("keras_fpn_shapes", "test", str(shapes_dir))
+
+
+def test_a_data_set_of_another_kind_is_refused(tmp_path):
+    image = np.zeros((28, 28, 1), np.uint8)
+    prepare_tfds("mnist", tmp_path, [{"image": image, "label": 1}])
+    with pytest.raises(ValueError, match=r"'objects' .* \['image', 'label'\]"):
+        load_dataset("mnist", "train", str(tmp_path))
+
+
+def test_a_data_set_that_is_not_prepared_is_not_downloaded(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_dataset("coco/2017", "train", str(tmp_path / "nowhere"))
+    with pytest.raises(
+        FileNotFoundError, match=r"not prepared: .*holds nothing; .*tfds build coco"
+    ):
+        load_dataset("coco/2017", "train", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"training/demo_dataset\.py makes it"):
+        load_dataset("keras_fpn_shapes", "train", str(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        load_dataset("coco/2017", "train", str(tmp_path / "file"))
+
+
+def test_a_half_written_data_set_is_refused(shapes_dir, tmp_path):
+    folder = tmp_path / "keras_fpn_shapes" / "1.0.0"
+    shutil.copytree(shapes_dir, tmp_path, dirs_exist_ok=True)
+    shard = next(folder.glob("*-train.tfrecord*"))
+    content = shard.read_bytes()
+
+    def load():
+        return load_dataset("keras_fpn_shapes", "train", str(tmp_path))
+
+    shard.write_bytes(content[:-100])
+    with pytest.raises(
+        ValueError, match=f"{shard.name} is truncated: .*{len(content) - 100} bytes"
+    ):
+        load()
+    shard.write_bytes(b"")
+    with pytest.raises(ValueError, match="is truncated"):
+        load()
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"1 of the 1 files .*{shard.name}"):
+        load()
+    shard.write_bytes(content)
+    assert load().num_images == 10
+
+    info = json.loads((folder / "dataset_info.json").read_text())
+    assert info["name"] == "keras_fpn_shapes"
+    (folder / "dataset_info.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"in part only: .*no dataset_info\.json"):
+        load()
+    folder.rename(folder.parent / "incomplete.ABC_1.0.0")
+    with pytest.raises(FileNotFoundError, match=r"in part only: .*incomplete\.ABC_1\.0\.0"):
+        load()

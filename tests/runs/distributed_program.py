@@ -1,0 +1,145 @@
+"""What test_distributed.py runs in each of its processes: 20 steps, and an evaluation.
+
+The detector takes all anchors and all proposals, so that no choice among candidates of nearly equal
+scores can turn a difference of rounding into another sample.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+for folder in (Path(__file__).parents[2], Path(__file__).parents[1]):
+    sys.path.insert(0, str(folder))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+from small_detector import small_detector
+
+from keras_fpn.data.coco_metrics import COCO_METRICS
+from keras_fpn.data.datasets import load_dataset
+from keras_fpn.faster_rcnn import LOSS_NAMES
+from keras_fpn.optimization import SGDWithL2
+from keras_fpn.runs.evaluate import Evaluation
+from keras_fpn.runs.strategies import choose_strategy, worker_index
+from keras_fpn.runs.train import on_replicas
+
+# Over 20 steps the weights move by 0.1; a difference of rounding stays one.
+LEARNING_RATE = 0.0005
+CLIP_NORM = 5.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--optimizer", choices=("plain", "scaled"), default="plain")
+    options = parser.parse_args()
+    if options.devices > 1:
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        devices = [tf.config.LogicalDeviceConfiguration()] * options.devices
+        tf.config.set_logical_device_configuration(cpu, devices)
+    strategy = choose_strategy("mirrored" if options.devices > 1 else "auto")
+    keras.utils.set_random_seed(0)
+    with strategy.scope():
+        model = small_detector(
+            normalization="group_norm",
+            rpn_samples=1536,
+            rpn_training_pre_nms=1152,
+            rpn_training_post_nms=1536,
+            rpn_nms_iou_threshold=1.0,
+            roi_samples=1600,
+        )
+        model.compile(optimizer(options.optimizer), jit_compile=False)
+    before = model.get_weights()
+    metrics, results = evaluate(model)
+    losses = KeepLosses()
+    data = on_replicas(strategy, 6, 0, batches)
+    model.fit(data, epochs=2, steps_per_epoch=10, shuffle=False, verbose=0, callbacks=[losses])
+    after = model.get_weights()
+    if worker_index(strategy) == 0:
+        np.savez(
+            options.output,
+            losses=np.array(losses.rows),
+            loss_scale=getattr(model.optimizer, "dynamic_scale", 1.0),
+            AP=np.array([metrics[name] for name in COCO_METRICS]),
+            evaluated_ids=np.unique([result["image_id"] for result in results]),
+            **{f"weight{i}": weight for i, weight in enumerate(after)},
+            **{f"beforeweight{i}": weight for i, weight in enumerate(before)},
+        )
+
+
+def optimizer(kind: str) -> keras.optimizers.Optimizer:
+    """SGD, or what acts on the gradients of all replicas together, and averages the weights.
+
+    The first loss scales overflow. The gradient's norm is 9 in some of the steps, 1 in others.
+    """
+    if kind == "plain":
+        return keras.optimizers.SGD(LEARNING_RATE, momentum=0.9)
+    clipped = SGDWithL2(LEARNING_RATE, global_clipnorm=CLIP_NORM, use_ema=True, ema_momentum=0.8)
+    return keras.optimizers.LossScaleOptimizer(clipped, initial_scale=2.0**127)
+
+
+class KeepLosses(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.rows.append([self.model.last_step[name] for name in LOSS_NAMES])
+
+
+def examples() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Thirty images of noise with three boxes each."""
+    random = np.random.RandomState(0)
+    images = random.randint(0, 256, (30, 64, 96, 3)).astype("uint8")
+    corners = random.uniform(0, 30, (30, 3, 2))
+    boxes = np.concatenate([corners, corners + random.uniform(10, 34, (30, 3, 2))], axis=-1)
+    return images, {"boxes": boxes.astype("float32"), "labels": random.randint(0, 3, (30, 3))}
+
+
+def batches(start_step: int, shard: int, num_shards: int) -> tf.data.Dataset:
+    """Six images a batch, of which a worker has its rows."""
+    rows = 6 // num_shards
+    data = tf.data.Dataset.from_tensor_slices(examples()).batch(6, drop_remainder=True)
+    data = data.map(lambda *batch: tf.nest.map_structure(lambda x: x[shard * rows :][:rows], batch))
+    return data.repeat().skip(start_step)
+
+
+def evaluate(model: keras.Model) -> tuple[dict, list]:
+    """COCO's metrics and the detections of seven images, with a truth that is near to them."""
+    images, _ = examples()
+    found = {name: np.asarray(value) for name, value in model(images[:7]).items()}
+    random = np.random.RandomState(1)
+    with tempfile.TemporaryDirectory() as root:
+        (Path(root) / "val").mkdir()
+        (Path(root) / "annotations").mkdir()
+        annotations = []
+        for i in range(7):
+            Image.fromarray(images[i]).save(Path(root) / "val" / f"{i}.png")
+            for x1, y1, x2, y2, label in np.column_stack(
+                [found["boxes"][i, ::3] + random.uniform(-3, 3, (7, 4)), found["labels"][i, ::3]]
+            ).tolist():
+                box = [x1, y1, x2 - x1, y2 - y1]
+                annotations.append(
+                    {"image_id": 10 * (i + 1), "category_id": int(label) + 1, "bbox": box}
+                )
+        content = {
+            "images": [{"id": 10 * (i + 1), "file_name": f"{i}.png"} for i in range(7)],
+            "annotations": [{"id": i, **fields} for i, fields in enumerate(annotations)],
+            "categories": [{"id": i + 1, "name": f"class {i}"} for i in range(3)],
+        }
+        file = Path(root) / "annotations" / "instances_val.json"
+        file.write_text(json.dumps(content))
+        dataset = load_dataset(root, "val")
+        (metrics, _), results = Evaluation(model, dataset, 6, 64, 96).run()
+    return metrics, results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""export.py on the folder of a run."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from small_detector import small_detector
+
+from keras_fpn.runs import export
+
+CLASS_NAMES = ["bolt", "nut", "washer"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder as `train.py` leaves it, as far as `export.py` reads it."""
+    keras.utils.set_random_seed(0)
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    (folder / "checkpoints").mkdir(parents=True)
+    small_detector().save(folder / "checkpoints" / "best.keras")
+    recipe = {"evaluation_shorter_edge": 48, "longest_edge": 64}
+    (folder / "config.json").write_text(json.dumps({"class_names": CLASS_NAMES, "recipe": recipe}))
+    return folder
+
+
+def test_a_run_becomes_a_served_model_with_its_sizes_and_class_names(run, tmp_path, capsys):
+    output = tmp_path / "models" / "detector" / "1"
+    export.main(["--model", str(run), "--output", str(output), "--class-names"])
+    assert "3 classes" in capsys.readouterr().out
+    assert (output / "assets.extra" / "tf_serving_warmup_requests").exists()
+    # 48 x 64 pixels are not resized, so that the answer is that of the checkpoint for them.
+    image = np.random.RandomState(0).randint(0, 256, (1, 48, 64, 3)).astype("uint8")
+    answer = tf.saved_model.load(str(output)).signatures["serving_default"](
+        images=tf.constant(image)
+    )
+    wanted = keras.saving.load_model(run / "checkpoints" / "best.keras").predict(image, verbose=0)
+    np.testing.assert_allclose(answer["detection_scores"], wanted["scores"], atol=1e-4)
+    np.testing.assert_allclose(
+        answer["detection_boxes"] * np.array([48, 64, 48, 64]),
+        wanted["boxes"][..., [1, 0, 3, 2]],
+        atol=1e-3,
+    )
+    names = [name.decode() for name in answer["detection_class_names"].numpy()[0]]
+    assert names == [CLASS_NAMES[label] for label in wanted["labels"][0]]
+
+
+def test_options_are_those_of_the_exporter(run, tmp_path, monkeypatch):
+    received = []
+    monkeypatch.setattr(
+        export, "export_saved_model", lambda model, path, **options: received.append(options)
+    )
+    arguments = ["--model", str(run), "--output", str(tmp_path / "1")]
+    export.main(arguments)
+    more = "--shorter-edge 40 --longest-edge 50 --precision bfloat16 --frozen --no-warm-up"
+    export.main([*arguments, *more.split()])
+    plain = {"frozen": False, "precision": "float32", "class_names": None, "warm_up": True}
+    assert received == [
+        {"shorter_edge": 48, "longest_edge": 64, **plain},
+        {
+            "shorter_edge": 40,
+            "longest_edge": 50,
+            "frozen": True,
+            "precision": "bfloat16",
+            "class_names": None,
+            "warm_up": False,
+        },
+    ]
+
+
+def test_bad_input_ends_in_one_sentence(run, tmp_path):
+    with pytest.raises(SystemExit, match=r"--output is a new folder; .* already exists"):
+        export.main(["--model", str(run), "--output", str(tmp_path)])
+    output = str(tmp_path / "1")
+    with pytest.raises(SystemExit, match="there is none at"):
+        export.main(["--model", str(tmp_path / "nowhere"), "--output", output])
+    with pytest.raises(SystemExit, match="`longest_edge` is a whole number"):
+        export.main(["--model", str(run), "--output", output, "--longest-edge", "-5"])
+    nameless = tmp_path / "nameless.keras"
+    small_detector().save(nameless)
+    with pytest.raises(SystemExit, match=r"nameless\.keras' has no names of its classes"):
+        export.main(["--model", str(nameless), "--output", output, "--class-names"])

@@ -1,0 +1,330 @@
+"""train.py, evaluate.py and predict.py on a tiny folder in COCO's layout."""
+
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+
+import h5py
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from keras_fpn.data.pipeline import training_batches
+from keras_fpn.runs import evaluate, predict, train
+from keras_fpn.runs.callbacks import KeepState
+from keras_fpn.runs.recipes import RECIPES, Recipe
+
+CLASSES = ["bolt", "nut"]
+CATEGORY_IDS = [3, 17]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six images with one rectangle each, and one file that is no image, in a training split."""
+    root = tmp_path_factory.mktemp("coco")
+    random = np.random.RandomState(0)
+    (root / "annotations").mkdir()
+    (root / "train").mkdir()
+    images, annotations = [], []
+    for i in range(7):
+        pixels = random.randint(0, 60, (48, 64, 3)).astype("uint8")
+        x, y = random.randint(0, 30), random.randint(0, 20)
+        pixels[y : y + 20, x : x + 24, i % 2] = 250
+        path = root / "train" / f"{i}.png"
+        Image.fromarray(pixels).save(path)
+        images.append({"id": 10 + i, "file_name": path.name, "width": 64, "height": 48})
+        annotations.append(
+            {
+                "id": i + 1,
+                "image_id": 10 + i,
+                "category_id": CATEGORY_IDS[i % 2],
+                "bbox": [int(x), int(y), 24, 20],
+                "area": 480,
+                "iscrowd": 0,
+            }
+        )
+    (root / "train" / "6.png").write_bytes(b"this is no image")
+    categories = [{"id": i, "name": n} for i, n in zip(CATEGORY_IDS, CLASSES, strict=True)]
+    (root / "annotations" / "instances_train.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    return root
+
+
+def train_arguments(folder, output):
+    return (
+        f"--dataset {folder} --train-split train --validation-split train --output {output} "
+        "--backbone resnet18 --pyramid-channels 8 --head-hidden-dim 8 --roi-samples 8 "
+        "--rpn-training-proposals 20 --shorter-edges 64 --evaluation-shorter-edge 64 "
+        "--longest-edge 64 --batch-size 2 --images-per-epoch 6 --epochs 1 --verbose 0 "
+        "--checkpoint-steps 2 --no-jit-compile"
+    ).split()
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """The folder of a run of three steps."""
+    output = tmp_path_factory.mktemp("runs") / "first"
+    train.main(train_arguments(folder, output))
+    return output
+
+
+def test_a_run_leaves_configuration_checkpoints_logs_and_metrics(run, folder):
+    configuration = json.loads((run / "config.json").read_text())
+    assert configuration["dataset"] == str(folder)
+    assert configuration["class_names"] == CLASSES
+    assert configuration["category_ids"] == CATEGORY_IDS
+    assert configuration["recipe"]["pyramid_channels"] == 8
+    assert configuration["recipe"]["momentum"] == Recipe.momentum
+    checkpoints = {"best.keras", "step-00000002.keras", "step-00000003.keras"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == checkpoints
+    assert list((run / "logs").rglob("events.out.tfevents.*"))
+    header, *epochs = (run / "history.csv").read_text().splitlines()
+    assert {"loss", "rpn_box_loss", "val_AP"} <= set(header.split(","))
+    assert len(epochs) == 1
+    # One of the seven files is no image.
+    assert list(json.loads((run / "skipped.json").read_text())["images"]) == ["6.png"]
+    assert -1 <= json.loads((run / "metrics.json").read_text())["AP50"] <= 1
+
+
+def test_evaluate_repeats_the_metrics_of_the_run(run, tmp_path, capsys):
+    evaluate.main(["--model", str(run), "--results", str(tmp_path / "results.json")])
+    printed = capsys.readouterr().out
+    metrics = json.loads((run / "metrics.json").read_text())
+    lines = dict(line.rsplit(maxsplit=1) for line in printed.splitlines() if line.count(" ") > 3)
+    assert float(lines["AP50"]) == pytest.approx(metrics["AP50"], abs=1e-4)
+    assert "AP/bolt" in lines
+    # The broken image was skipped, counted and named.
+    assert "6.png" in printed
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {result["category_id"] for result in results} <= set(CATEGORY_IDS)
+    assert {result["image_id"] for result in results} <= set(range(10, 16))
+
+
+def test_a_checkpoint_loads_in_a_process_that_imports_keras_fpn_alone(run):
+    program = (
+        "import keras, keras_fpn, sys; "
+        "print(keras.saving.load_model(sys.argv[1]).optimizer.iterations.numpy())"
+    )
+    checkpoint = str(run / "checkpoints" / "step-00000003.keras")
+    command = [sys.executable, "-c", program, checkpoint]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert loaded.stdout.strip() == "3", loaded.stderr
+
+
+def test_predict_draws_pictures_and_writes_coco_results(run, folder, tmp_path, capsys):
+    images = [str(folder / "train" / name) for name in ("0.png", "6.png", "1.png")]
+    output = tmp_path / "found"
+    predict.main(
+        [*images, "--model", str(run), "--output", str(output), "--score-threshold", "0.0"]
+    )
+    assert {path.name for path in output.iterdir()} == {
+        "0001_0.png",
+        "0003_1.png",
+        "detections.json",
+    }
+    with Image.open(output / "0001_0.png") as picture:
+        assert picture.size == (64, 48)
+    # The broken image was skipped and named.
+    printed = capsys.readouterr().out
+    assert f"skipped 1 image: {images[1]} (not a JPEG, PNG, GIF, BMP or WebP file)" in printed
+    results = json.loads((output / "detections.json").read_text())
+    assert f"{len(results)} detections of 2 images" in printed
+    assert {result["image_id"] for result in results} == {1, 3}
+    for result in results:
+        assert set(result) == {"image_id", "category_id", "bbox", "score", "file_name"}
+        assert result["file_name"] == images[result["image_id"] - 1]
+        x, y, width, height = result["bbox"]
+        assert 0 <= x <= x + width <= 64.001
+        assert 0 <= y <= y + height <= 48.001
+
+
+def arrays_of(run):
+    """Every array of a run's last checkpoint: weights, optimizer, samplers' seeds, loss means."""
+    with zipfile.ZipFile(run / "checkpoints" / "step-00000003.keras") as archive:
+        content = io.BytesIO(archive.read("model.weights.h5"))
+    arrays = {}
+    with h5py.File(content) as file:
+        file.visititems(
+            lambda name, item: arrays.update({name: item[()]}) if hasattr(item, "dtype") else None
+        )
+    return arrays
+
+
+def test_a_run_that_is_stopped_goes_on_and_ends_with_the_same_weights(run, folder, tmp_path):
+    output = tmp_path / "stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        # The signal comes during the second step.
+        patch.setattr(
+            KeepState,
+            "on_train_batch_begin",
+            lambda self, batch, logs=None: (
+                os.kill(os.getpid(), signal.SIGTERM) if batch == 1 else None
+            ),
+        )
+        with pytest.raises(SystemExit) as stopped:
+            train.main(train_arguments(folder, output))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert [file.name for file in output.glob("checkpoints/*")] == ["step-00000002.keras"]
+    train.main(train_arguments(folder, output))
+    undisturbed, resumed = arrays_of(run), arrays_of(output)
+    assert set(undisturbed) == set(resumed)
+    assert any("seed" in name for name in undisturbed)
+    for name, array in undisturbed.items():
+        assert array.tobytes() == resumed[name].tobytes(), name
+    assert (output / "metrics.json").read_text() == (run / "metrics.json").read_text()
+    losses = [line.split(",")[:6] for line in (run / "history.csv").read_text().splitlines()]
+    again = [line.split(",")[:6] for line in (output / "history.csv").read_text().splitlines()]
+    assert again == losses
+
+
+def test_a_run_that_has_ended_says_so_and_stays_as_it_is(run, folder, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    train.main(train_arguments(folder, run))
+    assert "has ended; its page is" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_of_another_recipe_is_never_written_over(run, folder, tmp_path):
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(SystemExit, match=r"holds a run with learning_rate 0.02, this command says"):
+        train.main([*train_arguments(folder, run), "--learning-rate", "0.5"])
+    assert (run / "config.json").read_bytes() == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="is there and not empty"):
+        train.main(train_arguments(folder, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_page_of_a_run_shows_its_curves_tables_and_images(run):
+    page = (run / "report.html").read_text()
+    for heading in ("Losses", "COCO metrics", "Classes", "Best images", "Worst images", "Recipe"):
+        assert f"<h2>{heading}</h2>" in page
+    assert "<td>bolt</td>" in page
+    assert "http" not in page
+    assert (run / "steps.csv").read_text().startswith("step,loss,objectness_loss")
+
+
+def nan_in_image(image_id):
+    """The pipeline, with an image in it whose pixels are no numbers."""
+
+    def batches(*arguments, **options):
+        def spoil(inputs, targets):
+            is_image = targets["image_ids"][:, None, None, None] == image_id
+            images = tf.cast(inputs["images"], tf.float32)
+            return inputs | {"images": tf.where(is_image, np.nan, images)}, targets
+
+        return training_batches(*arguments, **options).map(spoil)
+
+    return batches
+
+
+def test_a_loss_that_is_no_number_names_its_images_and_keeps_the_batch(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "training_batches", nan_in_image(12))
+    output = tmp_path / "nan"
+    with pytest.raises(
+        SystemExit, match=r"not finite at step \d, in the batch of the images"
+    ) as end:
+        train.main([*train_arguments(folder, output), "--images-per-epoch", "12"])
+    named = [int(x) for x in re.search(r"ids \[(.*?)\]", str(end.value))[1].split(",")]
+    assert 12 in named
+    (file,) = output.glob("nan-step-*.npz")
+    with np.load(file) as batch:
+        assert batch["image_ids"].tolist() == named
+        assert np.isnan(batch["images"][named.index(12)]).all()
+    # What was saved before is not spoilt.
+    for checkpoint in output.glob("checkpoints/*.keras"):
+        with zipfile.ZipFile(checkpoint) as archive:
+            assert archive.testzip() is None
+
+
+def test_data_that_vanish_end_the_run_with_what_to_do(folder, tmp_path, monkeypatch):
+    mine, output = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(folder, mine)
+
+    def vanish(self, batch, logs=None):
+        if batch == 3:
+            shutil.rmtree(mine / "train")
+
+    monkeypatch.setattr(KeepState, "on_train_batch_begin", vanish)
+    with pytest.raises(SystemExit, match=r"the data can no longer be read: .*train.*Bring back"):
+        train.main([*train_arguments(mine, output), "--images-per-epoch", "400"])
+    for checkpoint in [*output.glob("checkpoints/step-*.keras")] or [None]:
+        with zipfile.ZipFile(checkpoint) as archive:
+            assert archive.testzip() is None
+
+
+def test_bad_input_ends_in_one_sentence(run, folder, tmp_path):
+    with pytest.raises(SystemExit, match=r"or 'coco_v2' is wanted; there is none at"):
+        evaluate.main(["--model", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="has neither"):
+        evaluate.main(["--model", str(folder)])
+    with pytest.raises(SystemExit, match="There is no image file"):
+        predict.main(["gone.jpg", "--model", str(run), "--output", str(tmp_path / "x")])
+    with pytest.raises(SystemExit, match="sliver"):
+        train.main(f"--dataset {folder} --train-split sliver --output {tmp_path / 'y'}".split())
+
+
+def test_a_model_of_other_classes_is_refused(run, folder, tmp_path):
+    three = json.loads((folder / "annotations" / "instances_train.json").read_text())
+    three["categories"].append({"id": 40, "name": "washer"})
+    other = tmp_path / "three"
+    (other / "annotations").mkdir(parents=True)
+    (other / "train").symlink_to(folder / "train")
+    (other / "annotations" / "instances_train.json").write_text(json.dumps(three))
+    with pytest.raises(SystemExit, match=r"has 3 classes .*; the model has 2 classes"):
+        evaluate.main(["--model", str(run), "--dataset", str(other), "--split", "train"])
+
+
+def test_options_change_the_recipe_they_start_from():
+    options, recipe = train.parse_arguments(
+        ["--dataset=x", "--output=y", "--recipe=demo", "--learning-rate=0.5", "--decay-epochs", "2"]
+    )
+    assert options.dataset == "x"
+    assert recipe.learning_rate == 0.5
+    assert recipe.decay_epochs == (2,)
+    assert recipe.backbone == RECIPES["demo"].backbone
+    _, plain = train.parse_arguments(["--dataset=x", "--output=y"])
+    assert plain == Recipe()
+
+
+def test_the_configuration_of_a_run_can_be_given_back(run, folder):
+    config = str(run / "config.json")
+    options, recipe = train.parse_arguments(["--config", config, "--output=y", "--epochs=7"])
+    assert (options.dataset, options.train_split) == (str(folder), "train")
+    assert (recipe.pyramid_channels, recipe.shorter_edges, recipe.epochs) == (8, (64,), 7)
+    with pytest.raises(SystemExit, match=r"A run's config.json is wanted; .* is none"):
+        train.parse_arguments(["--config", str(run / "gone.json"), "--output=y"])
+
+
+@pytest.mark.parametrize("batch_size", [16, 4])
+def test_the_paper_recipe_sees_what_the_paper_saw(batch_size):
+    # FPN, section 5.2: 60k steps of 16 images at 0.02, then 20k at 0.002.
+    paper = dataclasses.replace(RECIPES["paper"], batch_size=batch_size)
+    steps = paper.images_per_epoch // batch_size
+    assert paper.epochs * steps * batch_size == 80_000 * 16
+    config = train.build_optimizer(paper, steps).get_config()["learning_rate"]["config"]
+    assert config["learning_rate"] == pytest.approx(0.02 * batch_size / 16)
+    assert config["decay_steps"] == (60_000 * 16 // batch_size,)
+    assert config["warmup_steps"] == 0
+
+
+def test_the_rate_follows_the_batch_by_the_linear_rule():
+    recipe = Recipe(batch_size=4, learning_rate=0.02, warmup_steps=100, decay_epochs=(1, 2))
+    schedule = train.build_optimizer(recipe, steps_per_epoch=1000).get_config()["learning_rate"]
+    assert schedule["config"] == {
+        "learning_rate": pytest.approx(0.005),
+        "warmup_steps": 400,
+        "decay_steps": (1000, 2000),
+        "decay_factor": 0.1,
+    }

@@ -1,0 +1,125 @@
+"""Detectron2's weights: the detector that computes as it does, and every array in its place."""
+
+import warnings
+
+import numpy as np
+import pytest
+from detectron2_names import detectron2_array, detectron2_shapes, detectron2_variables
+from small_detector import small_detector
+
+import keras_fpn
+from keras_fpn.data.coco_classes import COCO_CLASS_NAMES
+from keras_fpn.weights.detectron2 import detectron2_architecture
+
+SMALL = {"rpn_pre_nms": 20, "rpn_post_nms": 20, "roi_samples": 8}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Of a ResNet-50, with the buffers that a state dict has beside its weights."""
+    random = np.random.RandomState(0)
+    shapes = detectron2_shapes(small_detector(backbone="resnet50", num_classes=80))
+    weights = {name: random.uniform(0.5, 1.5, x).astype("float32") for name, x in shapes.items()}
+    return weights | {
+        "pixel_mean": np.float32([[[103.53]], [[116.28]], [[123.675]]]),
+        "pixel_std": np.ones((3, 1, 1), "float32"),
+        "proposal_generator.anchor_generator.cell_anchors.0": np.float32(
+            [
+                [-22.6274, -11.3137, 22.6274, 11.3137],
+                [-16, -16, 16, 16],
+                [-11.3137, -22.6274, 11.3137, 22.6274],
+            ]
+        ),
+    }
+
+
+def save(weights, path, **more):
+    """As NumPy saves it: the reader of pickles has tests of its own."""
+    np.savez(path, **weights, **more)
+    return path
+
+
+def assert_holds(model, weights, but=()):
+    for name, variable in detectron2_variables(model).items():
+        if not name.startswith(tuple(but)):
+            found = detectron2_array(name, variable)
+            np.testing.assert_array_equal(found, weights[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def model(weights, tmp_path_factory):
+    path = save(weights, tmp_path_factory.mktemp("detectron2") / "zoo.npz")
+    return keras_fpn.build_fpn_faster_rcnn(weights=path, **SMALL)
+
+
+def test_every_array_goes_to_its_place(model, weights):
+    assert_holds(model, weights)
+
+
+def test_the_detector_computes_as_detectron2_does(model):
+    backbone, pooling = model.backbone, model.roi_pooling
+    assert (backbone.depth, backbone.stride_in_1x1, backbone.norm_epsilon) == (50, True, 1e-5)
+    assert (backbone.normalization, backbone.frozen_stages) == ("frozen_batch_norm", 2)
+    assert model.image_normalizer.channel_order == "bgr"
+    np.testing.assert_allclose(model.image_normalizer.mean, (123.675, 116.28, 103.53))
+    assert model.image_normalizer.std == (1.0, 1.0, 1.0)
+    assert (pooling.aligned, pooling.sampling_ratio, pooling.output_size) == (True, None, 7)
+    assert not model.anchor_generator.rounded
+    assert list(model.anchor_generator.strides.values()) == [4, 8, 16, 32, 64]
+    assert model.smooth_l1_beta == 0
+    assert model.num_classes == 80
+    assert model.proposal_generator.training_post_nms == 1000
+
+
+def test_other_classes_start_fresh(weights, tmp_path):
+    path = save(weights, tmp_path / "zoo.npz")
+    with pytest.warns(UserWarning, match="trained for 80 classes, the model has 2: box_head/class"):
+        model = keras_fpn.build_fpn_faster_rcnn(weights=path, num_classes=2, **SMALL)
+    assert_holds(model, weights, but=["roi_heads.box_predictor"])
+
+
+def test_an_rpn_alone_leaves_the_box_head_fresh(weights, tmp_path):
+    rpn = {name: x for name, x in weights.items() if not name.startswith("roi_heads")}
+    path = save(rpn, tmp_path / "rpn.npz")
+    with pytest.warns(UserWarning, match="has no box head: box_head starts fresh"):
+        model = keras_fpn.build_fpn_faster_rcnn(weights=path, head_hidden_dim=8, **SMALL)
+    assert_holds(model, weights, but=["roi_heads"])
+    assert model.num_classes == 80
+
+
+@pytest.mark.parametrize("author", [True, False])
+def test_the_classes_of_the_model_zoo_are_cocos(weights, tmp_path, monkeypatch, author):
+    contents = {"model": weights} | ({"__author__": "Detectron2 Model Zoo"} if author else {})
+    monkeypatch.setattr("keras_fpn.weights.pretrained.read_checkpoint", lambda path: contents)
+    (tmp_path / "zoo.pkl").write_bytes(b"read by the line above")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = keras_fpn.build_fpn_faster_rcnn(weights=tmp_path / "zoo.pkl", **SMALL)
+    assert model.class_names == (COCO_CLASS_NAMES if author else None)
+
+
+def test_a_resnext_strides_in_the_3x3_and_divides_by_the_deviation(weights):
+    shapes = {"backbone.bottom_up.res2.0.conv2.weight": (256, 8, 3, 3)}
+    arrays = {k: v for k, v in weights.items() if k != "pixel_std"}
+    for block in range(6, 23):
+        arrays[f"backbone.bottom_up.res4.{block}.conv1.weight"] = np.zeros(1)
+    arrays |= {name: np.zeros(shape) for name, shape in shapes.items()}
+    architecture = detectron2_architecture(arrays)
+    assert architecture["backbone"] == "resnext101_32x8d"
+    assert not architecture["stride_in_1x1"]
+    assert architecture["pixel_std"] == (58.395, 57.12, 57.375)
+
+
+def test_other_anchors_are_refused(weights):
+    name = "proposal_generator.anchor_generator.cell_anchors.0"
+    with pytest.raises(ValueError, match=r"has the cell anchors .* in place of size 32"):
+        detectron2_architecture(weights | {name: 2 * weights[name]})
+
+
+def test_another_architecture_is_refused(weights, tmp_path):
+    c4 = {name: x for name, x in weights.items() if "fpn" not in name}
+    with pytest.raises(ValueError, match=r"these weights have no backbone\.fpn_lateral2"):
+        keras_fpn.build_fpn_faster_rcnn(weights=save(c4, tmp_path / "c4.npz"))
+    masks = weights | {"roi_heads.mask_head.mask_fcn1.weight": np.zeros(1, "float32")}
+    with pytest.raises(ValueError, match=r"1 left over \(roi_heads\.mask_head\.mask_fcn1\.weight"):
+        keras_fpn.build_fpn_faster_rcnn(weights=save(masks, tmp_path / "masks.npz"))

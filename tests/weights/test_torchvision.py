@@ -1,0 +1,243 @@
+"""Weights from torchvision, loaded whole or not at all."""
+
+import keras
+import numpy as np
+import pytest
+from keras.ops import convert_to_numpy
+from small_detector import small_detector
+from torchvision_names import torchvision_array, torchvision_shapes, torchvision_variables
+
+import keras_fpn
+from keras_fpn.resnet import ResNet
+from keras_fpn.weights.torchvision import load_backbone_weights, load_torchvision_weights
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Its weights change from test to test; each test that looks at them loads its own."""
+    return small_detector()
+
+
+def random_weights(model, seed):
+    random = np.random.RandomState(seed)
+    return {
+        name: random.uniform(0.5, 1.5, shape).astype("float32")
+        for name, shape in torchvision_shapes(model).items()
+    }
+
+
+def assert_holds(model, weights):
+    for name, variable in torchvision_variables(model).items():
+        expected = weights[name]
+        if name.startswith("roi_heads.box_predictor.bbox_pred"):
+            expected = np.concatenate([np.zeros_like(expected[:4]), expected[4:]])
+        np.testing.assert_array_equal(torchvision_array(name, variable), expected, err_msg=name)
+
+
+def test_every_weight_goes_to_its_place(model):
+    weights = random_weights(model, 1)
+    load_torchvision_weights(model, weights)
+    assert_holds(model, weights)
+    # Nothing of the model is left as it was.
+    assert len(torchvision_variables(model)) == len(
+        [variable for variable in model.weights if "seed" not in variable.path]
+    )
+
+
+def test_names_of_old_checkpoints_and_counts_of_batches_are_accepted(model):
+    weights = random_weights(model, 2)
+    old = {}
+    for name, value in weights.items():
+        if "fpn" in name:
+            name = name.replace(".0.weight", ".weight").replace(".0.bias", ".bias")
+        old[name.replace("rpn.head.conv.0.0", "rpn.head.conv")] = value
+    assert set(old) - set(weights)
+    old["backbone.body.bn1.num_batches_tracked"] = np.array(7)
+    load_torchvision_weights(model, old)
+    assert_holds(model, weights)
+
+
+def test_a_file_of_arrays(model, tmp_path):
+    weights = random_weights(model, 3)
+    np.savez(tmp_path / "detector.npz", **weights)
+    load_torchvision_weights(model, tmp_path / "detector.npz")
+    assert_holds(model, weights)
+    load_torchvision_weights(model, random_weights(model, 4))
+    load_torchvision_weights(model, str(tmp_path / "detector.npz"))
+    assert_holds(model, weights)
+
+
+def test_tensors_are_accepted(model):
+    class Tensor:
+        def __init__(self, array):
+            self.array = array
+
+        def detach(self):
+            return self
+
+        cpu = detach
+
+        def numpy(self):
+            return self.array
+
+    weights = random_weights(model, 5)
+    load_torchvision_weights(model, {name: Tensor(array) for name, array in weights.items()})
+    assert_holds(model, weights)
+
+
+class TestWhatDoesNotFit:
+    @pytest.fixture(autouse=True)
+    def nothing_is_loaded(self, model):
+        before = [convert_to_numpy(variable) for variable in model.weights]
+        yield
+        for variable, value in zip(model.weights, before, strict=True):
+            np.testing.assert_array_equal(convert_to_numpy(variable), value, err_msg=variable.path)
+
+    def test_names_that_are_missing(self, model):
+        weights = random_weights(model, 6)
+        del weights["rpn.head.conv.0.0.bias"], weights["backbone.body.conv1.weight"]
+        message = (
+            r"2 missing \(backbone.body.conv1.weight, rpn.head.conv.0.0.bias\), 0 left over; "
+            "nothing was loaded"
+        )
+        with pytest.raises(ValueError, match=message):
+            load_torchvision_weights(model, weights)
+
+    def test_names_that_are_left_over(self, model):
+        weights = random_weights(model, 6) | {f"mask.{i}": np.zeros(1) for i in range(7)}
+        message = r"0 missing, 7 left over \(mask.0, mask.1, mask.2, mask.3, mask.4, \.\.\.\)"
+        with pytest.raises(ValueError, match=message):
+            load_torchvision_weights(model, weights)
+
+    def test_another_backbone(self, model):
+        weights = random_weights(model, 6)
+        weights["backbone.body.layer1.0.conv3.weight"] = np.zeros((256, 64, 1, 1), "float32")
+        message = r"1 left over \(backbone.body.layer1.0.conv3.weight\)"
+        with pytest.raises(ValueError, match=message):
+            load_torchvision_weights(model, weights)
+
+    @pytest.mark.parametrize(
+        ("name", "shape"),
+        [
+            ("backbone.body.layer2.0.conv1.weight", (128, 64, 5, 5)),
+            ("backbone.body.bn1.running_var", (32,)),
+            ("backbone.fpn.layer_blocks.3.0.bias", (8,)),
+            ("roi_heads.box_head.fc6.weight", (32, 49 * 16 + 1)),
+            ("roi_heads.box_head.fc6.weight", (32,)),
+            ("roi_heads.box_head.fc7.weight", (32, 31)),
+            ("roi_heads.box_predictor.bbox_pred.weight", (12, 32)),
+            ("rpn.head.bbox_pred.weight", (12,)),
+        ],
+    )
+    def test_shapes(self, model, name, shape):
+        weights = random_weights(model, 6) | {name: np.zeros(shape, "float32")}
+        received = str(shape).replace("(", r"\(").replace(")", r"\)")
+        with pytest.raises(ValueError, match=rf"do not fit: {name} {received} for .*nothing was"):
+            load_torchvision_weights(model, weights)
+
+    def test_a_long_list_of_shapes_is_cut(self, model):
+        weights = {name: np.zeros(9) for name in random_weights(model, 6)}
+        weights["roi_heads.box_predictor.cls_score.bias"] = np.zeros(4)
+        with pytest.raises(ValueError, match=r"and \d+ more; nothing was loaded"):
+            load_torchvision_weights(model, weights)
+
+    def test_a_background_less_or_a_class_more(self, model):
+        weights = random_weights(model, 6)
+        weights["roi_heads.box_predictor.cls_score.bias"] = np.zeros(91, "float32")
+        message = r"for 90 classes and the background; the model has num_classes=3"
+        with pytest.raises(ValueError, match=message):
+            load_torchvision_weights(model, weights)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_values_that_are_not_finite(self, model, value):
+        weights = random_weights(model, 6)
+        weights["rpn.head.cls_logits.bias"][1] = value
+        message = r"rpn.head.cls_logits.bias of dtype float32 is not all finite numbers"
+        with pytest.raises(ValueError, match=message):
+            load_torchvision_weights(model, weights)
+
+    def test_values_that_are_no_numbers(self, model):
+        weights = random_weights(model, 6)
+        weights["rpn.head.cls_logits.bias"] = np.array(["a", "b", "c"])
+        message = "is wanted to map names to arrays; rpn.head.cls_logits.bias is none"
+        with pytest.raises(ValueError, match=message):
+            load_torchvision_weights(model, weights)
+
+    def test_whole_numbers(self, model):
+        weights = random_weights(model, 6)
+        weights["rpn.head.cls_logits.bias"] = np.zeros(3, "int32")
+        message = r"rpn.head.cls_logits.bias of dtype int32 is not all finite numbers"
+        with pytest.raises(ValueError, match=message):
+            load_torchvision_weights(model, weights)
+
+    def test_no_file(self, model, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"missing\.npz"):
+            load_torchvision_weights(model, tmp_path / "missing.npz")
+        with pytest.raises(ValueError, match=f"'{tmp_path}' is a folder; wanted is"):
+            load_torchvision_weights(model, tmp_path)
+
+
+def test_another_kind_of_backbone_is_refused():
+    images = keras.Input((None, None, 3))
+    maps, x = {}, keras.layers.Conv2D(4, 3, strides=2, padding="same")(images)
+    for level in range(2, 6):
+        x = maps[f"C{level}"] = keras.layers.Conv2D(4, 3, strides=2, padding="same")(x)
+    model = small_detector(
+        backbone=keras.Model(images, maps, name="plain"), normalization=None, pyramid_channels=4
+    )
+    message = r"those of its ResNets; the model's backbone is 'plain' of type Functional"
+    with pytest.raises(ValueError, match=message):
+        load_torchvision_weights(model, {"x": np.ones(1)})
+
+
+class TestBackboneWeights:
+    @pytest.fixture(scope="class")
+    def backbone(self):
+        return ResNet(18)
+
+    @pytest.fixture
+    def weights(self, model):
+        prefix = "backbone.body."
+        return {
+            name.removeprefix(prefix): value
+            for name, value in random_weights(model, 7).items()
+            if name.startswith(prefix)
+        }
+
+    def test_a_classifier_without_its_last_layer(self, backbone, weights, model):
+        classifier = weights | {"fc.weight": np.zeros((1000, 512)), "fc.bias": np.zeros(1000)}
+        load_backbone_weights(backbone, classifier)
+        kernel = backbone.get_layer("stage4_block0_shortcut_conv").kernel
+        np.testing.assert_array_equal(
+            torchvision_array("", kernel), weights["layer3.0.downsample.0.weight"]
+        )
+        variance = backbone.get_layer("stage5_block1_norm2").moving_variance
+        np.testing.assert_array_equal(
+            convert_to_numpy(variance), weights["layer4.1.bn2.running_var"]
+        )
+
+    def test_names_that_do_not_fit(self, backbone, weights):
+        del weights["conv1.weight"]
+        with pytest.raises(ValueError, match=r"1 missing \(conv1.weight\), 0 left over"):
+            load_backbone_weights(backbone, weights)
+
+    def test_the_builder_loads_them_and_freezes_what_the_papers_freeze(self, weights, tmp_path):
+        path = tmp_path / "resnet18.npz"
+        np.savez(path, **weights)
+        model = small_detector(backbone_weights=path, normalization=None)
+        np.testing.assert_array_equal(
+            torchvision_array("", model.backbone.get_layer("stem_conv").kernel),
+            weights["conv1.weight"],
+        )
+        trained = {layer.name for layer in model.backbone.layers if layer.trainable_weights}
+        assert "stage3_block0_conv1" in trained
+        assert not {name for name in trained if name.startswith(("stem", "stage2"))}
+        assert not {name for name in trained if "norm" in name}
+
+    def test_the_builder_says_where_there_is_no_file(self, tmp_path):
+        with pytest.raises(
+            FileNotFoundError, match=r"'imagenet' or a file; there is none at .*resnet18\.npz"
+        ):
+            keras_fpn.build_fpn_faster_rcnn(
+                backbone="resnet18", backbone_weights=tmp_path / "resnet18.npz"
+            )

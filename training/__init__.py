@@ -1,1 +1,0 @@
-"""Recipes, data pipelines and programs that turn `keras_fpn` into trained detectors."""
