@@ -1,11 +1,11 @@
-"""Reads damaged checkpoints: each must be refused in one sentence, or give the very same values.
+"""Reads damaged checkpoints: each must be refused in one sentence or give identical values.
 
     python benchmarks/mutated_checkpoints.py 300
 
-The stored checkpoints of the tests are cut short, get bits flipped, bytes inserted, and the numbers
-in their pickles and before their storages (sizes, strides, offsets, counts) edited, each with and
-without the start of the whole file's SHA-256 in its name. What differs without being refused is
-counted by the reason why nothing could tell. Ends with status 1 where nothing explains it.
+The checkpoints of the tests are truncated, have bits flipped, bytes inserted, or numbers edited in
+their pickles and before their storages (sizes, strides, offsets, counts), each with and without the
+start of the original's SHA-256 in the file name. Files that are read with different values are
+counted by the reason why the reader cannot notice; the exit status is 1 if there is no such reason.
 """
 
 import argparse
@@ -27,16 +27,14 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from keras_fpn.weights.checkpoints import read_checkpoint
 
-from keras_fpn.weights.checkpoints import read_checkpoint  # noqa: E402
-
+FOLDER = Path(__file__).parents[1] / "tests" / "reference" / "checkpoints"
 FILES = ("tensors_zip.pth", "training_zip.pth", "big_endian_zip.pth", "protocol4_zip.pth")
 FILES += ("tensors_legacy.pth", "training_legacy.pth", "protocol4_legacy.pth")
 FILES += ("numpy2_protocol2.pkl", "numpy2_protocol4.pkl", "numpy1_protocol2.pkl")
 FILES += ("python2_protocol2.pkl",)
-# Beyond what the process holds before the first file.
+# On top of what the process holds before the first file.
 MEMORY_LIMIT = 512 * 2**20
 NUMBERS = (-1, 0, 1, 2, 3, 255, 2**16, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 2**70)
 
@@ -58,7 +56,7 @@ def insert_bytes(content: bytes, random: random.Random) -> bytes:
 
 
 def edit_numbers(content: bytes, random: random.Random) -> bytes:
-    """Puts other numbers into the pickle, in an archive with its CRC-32 made anew."""
+    """Replaces numbers in the pickle; an archive gets a new CRC-32."""
     if content[:2] != b"PK":
         return _edit_pickles(content, random)
     source, target = zipfile.ZipFile(io.BytesIO(content)), io.BytesIO()
@@ -97,7 +95,7 @@ MUTATIONS = (truncate, flip_bits, insert_bytes, edit_numbers)
 
 
 def flatten(value, name=""):
-    """Every value inside, with its place, type and bits."""
+    """Every value inside, with its path, type and bits."""
     if isinstance(value, np.ndarray | np.generic):
         yield name, str(value.dtype), value.shape, value.tobytes()
     elif isinstance(value, dict | list | tuple):
@@ -109,7 +107,7 @@ def flatten(value, name=""):
 
 
 def outcome(path: Path, whole: list, named: bool, mutation, kind: str) -> str:
-    """What reading a file came to; beginning with "FAILED" where that must not be."""
+    """What became of reading a file; starts with "FAILED" if that must not happen."""
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
@@ -124,16 +122,16 @@ def outcome(path: Path, whole: list, named: bool, mutation, kind: str) -> str:
     except BaseException as error:
         return f"FAILED, {error!r}"
     if named:
-        return "FAILED, read in spite of the SHA-256 in its name"
+        return "FAILED, read despite the SHA-256 in its name"
     if is_same:
-        return "the very same values"
+        return "identical values"
     if kind != "zip":
         if not any("without a checksum" in str(w.message) for w in warned):
-            return "FAILED, silently different"
-        return "data differs, and a warning said that this format has no checksum"
+            return "FAILED, different values without a warning"
+        return "different values, with a warning that this format has no checksum"
     if mutation is edit_numbers:
-        return "data differs, edited together with its checksum"
-    return "FAILED, silently different"
+        return "different values, edited together with the checksum"
+    return "FAILED, different values without a warning"
 
 
 def main() -> None:
@@ -142,9 +140,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    folder = ROOT / "tests" / "reference" / "checkpoints"
-    contents = {name: (folder / name).read_bytes() for name in FILES}
-    whole = {name: list(flatten(read_checkpoint(folder / name))) for name in FILES}
+    contents = {name: (FOLDER / name).read_bytes() for name in FILES}
+    with warnings.catch_warnings(action="ignore"):
+        whole = {name: list(flatten(read_checkpoint(FOLDER / name))) for name in FILES}
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_LIMIT,) * 2)
 
@@ -157,7 +155,7 @@ def main() -> None:
             named = seeded.random() < 0.3
             content = mutation(contents[name], seeded)
             if content == contents[name]:
-                counts["-", mutation.__name__, "nothing changed"] += 1
+                counts["-", mutation.__name__, "not changed"] += 1
                 continue
             digits = hashlib.sha256(contents[name]).hexdigest()[:12]
             suffix = name.rsplit(".", 1)[1]
@@ -178,10 +176,8 @@ def main() -> None:
     totals = collections.Counter()
     for (_, _, result), count in counts.items():
         totals[result] += count
-    print(
-        f"In all {arguments.mutations}: " + "; ".join(f"{n} {what}" for what, n in totals.items())
-    )
-    print(f"Most memory for one file {peak / 2**20:.1f} MiB, most time {slowest:.2f} s.")
+    print(f"{arguments.mutations} in total: " + "; ".join(f"{n} {r}" for r, n in totals.items()))
+    print(f"Peak memory for one file {peak / 2**20:.1f} MiB, longest time {slowest:.2f} s.")
     if failures:
         sys.exit("\n".join(failures))
 

@@ -1,7 +1,6 @@
-"""Anchors: one size a level, three aspect ratios at every location (FPN, section 4.1)."""
+"""Anchors: one size per pyramid level, three aspect ratios at every location (FPN, section 4.1)."""
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import keras
 import numpy as np
@@ -10,7 +9,7 @@ from keras import ops
 
 @keras.saving.register_keras_serializable("keras_fpn")
 class AnchorGenerator(keras.layers.Layer):
-    """Lays the anchors of every pyramid level over an image batch.
+    """Places anchors on every location of every feature map.
 
     Around a location, the anchor of size s and ratio r has height `s * sqrt(r)` and width
     `s / sqrt(r)`, each edge rounded to a whole pixel. Locations are at
@@ -18,91 +17,116 @@ class AnchorGenerator(keras.layers.Layer):
     torchvision's anchors; Detectron2 has `rounded=False` and the strides of its backbone.
 
     Args:
-        sizes: level name to the side, in pixels, of its square anchor.
-        aspect_ratios: height to width, the same on every level.
-        rounded: whether edges are rounded to whole pixels.
-        strides: level name to the pixels between locations, the levels of `sizes`. None follows
-            the sizes of image and feature map.
+        sizes: for each level, finest first, the side in pixels of its square anchor, or a sequence
+            of several. Defaults to 32, 64, 128, 256 and 512, those of P2 to P6 in the paper.
+        aspect_ratios: height / width, the same at every level, or one sequence for each level.
+            Defaults to 0.5, 1 and 2.
+        rounded: whether the edges of an anchor around 0 are rounded to whole pixels. Defaults to
+            True.
+        strides: for each level, pixels between two locations. Defaults to None, the image size
+            divided by the size of the feature map.
 
     Raises:
-        ValueError: if `strides` are of other levels than `sizes`.
+        ValueError: if a size or a ratio is not above 0, if levels differ in their number of
+            anchors per location, which one RPN head serves, or if there are not as many ratios or
+            strides as levels.
     """
 
     def __init__(
         self,
-        sizes: Mapping[str, int] = MappingProxyType(
-            {"P2": 32, "P3": 64, "P4": 128, "P5": 256, "P6": 512}
-        ),
-        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        sizes: Sequence[int | Sequence[int]] = (32, 64, 128, 256, 512),
+        aspect_ratios: Sequence[float | Sequence[float]] = (0.5, 1.0, 2.0),
         rounded: bool = True,
-        strides: Mapping[str, int] | None = None,
+        strides: Sequence[int] | None = None,
         **kwargs,
     ):
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
-        self.sizes = dict(sizes)
-        self.aspect_ratios = tuple(aspect_ratios)
+        self.sizes = tuple(_as_tuple(size) for size in sizes)
+        nested = any(isinstance(ratio, (list, tuple)) for ratio in aspect_ratios)
+        self.aspect_ratios = tuple(map(_as_tuple, aspect_ratios) if nested else aspect_ratios)
+        self._ratios = self.aspect_ratios if nested else (self.aspect_ratios,) * len(self.sizes)
         self.rounded = rounded
-        self.strides = None if strides is None else dict(strides)
-        if self.strides is not None and set(self.strides) != set(self.sizes):
+        self.strides = None if strides is None else tuple(strides)
+        for argument, values in (("sizes", self.sizes), ("aspect_ratios", self._ratios)):
+            if not values or any(not row or min(row) <= 0 for row in values):
+                raise ValueError(f"`{argument}` must be above 0; received {values}.")
+        for argument, values in (("aspect_ratios", self._ratios), ("strides", self.strides)):
+            if values is not None and len(values) != len(self.sizes):
+                raise ValueError(
+                    f"`{argument}` must have one entry for each of the {len(self.sizes)} levels "
+                    f"of `sizes`; received {values}."
+                )
+        counts = {len(s) * len(r) for s, r in zip(self.sizes, self._ratios, strict=True)}
+        if len(counts) > 1:
             raise ValueError(
-                f"`strides` has one stride for each of the levels {', '.join(self.sizes)}; "
-                f"received those of {', '.join(self.strides)}."
+                "Every level must have the same number of anchors per location; received sizes "
+                f"{self.sizes} and aspect ratios {self.aspect_ratios}."
             )
 
     @property
     def anchors_per_location(self) -> int:
-        return len(self.aspect_ratios)
+        return len(self.sizes[0]) * len(self._ratios[0])
 
     def call(self, images, features: Mapping) -> dict:
-        """Anchors of each level.
+        """Returns the anchors of each level.
 
         Args:
-            images: `[B, H, W, C]` the padded batch; only its size is used.
-            features: level name to `[B, h, w, C]`, the levels of `sizes`.
+            images: `[B, H, W, C]`, the padded batch; only its size is used.
+            features: level name to `[B, h, w, C]`, finest first, as many as `sizes`.
 
         Returns:
-            Level name to `[h * w * anchors_per_location, 4]` float32 xyxy pixels; row by row,
-            the aspect ratio changing fastest.
+            Level name to `[h * w * anchors_per_location, 4]` float32 xyxy pixels of the padded
+            batch: row by row, at each location size by size, the aspect ratio changing fastest.
         """
-        if set(features) != set(self.sizes):
-            raise ValueError(
-                f"AnchorGenerator has sizes for the levels {', '.join(self.sizes)}; "
-                f"received feature maps of {', '.join(features)}."
-            )
+        self._check_levels(features)
         image_shape = ops.shape(images)
         anchors = {}
-        for level, size in self.sizes.items():
-            shape = ops.shape(features[level])
-            height, width = shape[1], shape[2]
+        for index, (level, feature) in enumerate(features.items()):
+            height, width = ops.shape(feature)[1:3]
             if self.strides is None:
                 stride_y, stride_x = image_shape[1] // height, image_shape[2] // width
             else:
-                stride_y = stride_x = self.strides[level]
+                stride_y = stride_x = self.strides[index]
             rows = ops.arange(height, dtype="int32") * stride_y
             columns = ops.arange(width, dtype="int32") * stride_x
             y, x = ops.meshgrid(rows, columns, indexing="ij")
             centers = ops.cast(ops.stack([x, y, x, y], axis=-1), "float32")
-            boxes = ops.reshape(centers, (-1, 1, 4)) + self._cell_anchors(size)
+            boxes = ops.reshape(centers, (-1, 1, 4)) + self._cell_anchors(index)
             anchors[level] = ops.reshape(boxes, (-1, 4))
         return anchors
 
     def compute_output_shape(self, images_shape, features_shape) -> dict:
+        self._check_levels(features_shape)
+
         def count(shape):
             known = shape[1] is not None and shape[2] is not None
             return shape[1] * shape[2] * self.anchors_per_location if known else None
 
         return {level: (count(shape), 4) for level, shape in features_shape.items()}
 
-    def _cell_anchors(self, size):
-        if not self.rounded:
-            ratios = np.asarray(self.aspect_ratios, "float64")
-            widths = np.sqrt(size**2 / ratios)
-            heights = ratios * widths
-            return np.stack([-widths, -heights, widths, heights], axis=-1).astype("float32") / 2
-        roots = np.sqrt(np.asarray(self.aspect_ratios, "float32"))
-        heights, widths = np.float32(size) * roots, np.float32(size) * (1 / roots)
-        return np.round(np.stack([-widths, -heights, widths, heights], axis=-1) / 2)
+    def _check_levels(self, features):
+        if len(features) != len(self.sizes):
+            raise ValueError(
+                "AnchorGenerator must have one entry in `sizes` for each feature map; received "
+                f"the sizes {self.sizes} and maps of {', '.join(features)}."
+            )
+
+    def _cell_anchors(self, index):
+        """`[anchors_per_location, 4]` anchors around 0."""
+        cells = []
+        for size in self.sizes[index]:
+            if self.rounded:
+                roots = np.sqrt(np.asarray(self._ratios[index], "float32"))
+                heights, widths = np.float32(size) * roots, np.float32(size) * (1 / roots)
+                cell = np.round(np.stack([-widths, -heights, widths, heights], axis=-1) / 2)
+            else:
+                ratios = np.asarray(self._ratios[index], "float64")
+                widths = np.sqrt(size**2 / ratios)
+                heights = ratios * widths
+                cell = np.stack([-widths, -heights, widths, heights], axis=-1).astype("float32") / 2
+            cells.append(cell)
+        return np.concatenate(cells)
 
     def get_config(self):
         config = super().get_config()
@@ -113,3 +137,7 @@ class AnchorGenerator(keras.layers.Layer):
             strides=self.strides,
         )
         return config
+
+
+def _as_tuple(value):
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)

@@ -1,14 +1,16 @@
-"""What may be given as `backbone=`, made into one model that yields C2..C5."""
+"""Backbones: by name, or adapted from other people's models (FPN, section 3)."""
 
-import difflib
+import itertools
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 import keras
 
 from keras_fpn.resnet import STAGE_BLOCKS, ResNet
+from keras_fpn.validation import check_choice
 
-# Of each name what it says of the network: arguments of `ResNet`.
+# Name to arguments of `ResNet`.
 BACKBONES = {
     **{f"resnet{depth}": {"depth": depth} for depth in STAGE_BLOCKS},
     "resnext50_32x4d": {"depth": 50, "groups": 32, "width_per_group": 4},
@@ -16,88 +18,57 @@ BACKBONES = {
 }
 # C{n} is 2**n times smaller than the image (arXiv 1612.03144, section 3).
 LEVEL_STRIDES = {"C2": 4, "C3": 8, "C4": 16, "C5": 32}
-# Strides are read off at this image size: what unpadded convolutions cut off is little beside it.
+# Strides are measured at this image size, large beside what unpadded convolutions cut off.
 PROBE_SIZE = 512
 
 
 def resolve_backbone(
     backbone: str | keras.Model,
-    *,
-    normalization: str | None = None,
-    frozen_stages: int | None = None,
-    pretrained: bool = False,
-    stride_in_1x1: bool = False,
-    norm_epsilon: float = 1e-5,
+    resnet: Mapping | None = None,
     image_shape: tuple[int | None, int | None, int] = (None, None, 3),
 ) -> keras.Model:
-    """A model from images `[batch, height, width, 3]` to the feature maps `{"C2", .., "C5"}`.
+    """Returns a model from images `[batch, height, width, 3]` to `{"C2", "C3", "C4", "C5"}`.
 
-    A name gives a new `ResNet`. Of a `keras.Model`, layers and weights are shared with what is
+    A name gives a new `ResNet`. A `keras.Model` shares its layers and weights with what is
     returned, and its feature maps are found in the first of these ways that applies:
 
     - a keras-hub backbone: among its `pyramid_outputs`;
     - a keras-cv backbone: among its `pyramid_level_inputs`;
-    - a model whose output is a dict with C2..C5: these;
+    - a model whose output is a dict with keys among C2..C5: these;
     - a model with several outputs: among them, by their strides 4, 8, 16 and 32;
     - a functional model with one output, with or without a classifier, such as those of
-      keras.applications: at each stride, the last feature map through which every path from the
-      image to the output goes (not one inside a block's branch).
+      keras.applications: at each stride, the last feature map that every path from the image to
+      the output passes through (not one inside a block's branch).
 
-    Feature maps are assumed to be aligned with the image as padded convolutions make them; those of
-    networks without padding are accepted, and are off by the pixels that they do not cover.
+    A model may lack the finest or the coarsest levels, but has at least two. Feature maps are
+    assumed to be aligned with the image as padded convolutions align them; those of networks
+    without padding are accepted, and are off by the pixels that they do not cover.
 
     Args:
         backbone: one of "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
             "resnext50_32x4d" and "resnext101_32x8d", or a channels-last `keras.Model` with one
-            input. A given model does its own preprocessing or none; nothing of it is left out but
-            what comes after C5.
-        normalization: as in `ResNet`; for a name only. `None` is "frozen_batch_norm" where
-            `pretrained` and "batch_norm" elsewhere.
-        frozen_stages: as in `ResNet`; for a name only. `None` is 2 (stem and C2) where `pretrained`
-            and 0 elsewhere.
-        pretrained: whether pretrained weights are going to be loaded.
-        stride_in_1x1: as in `ResNet`; for a name only.
-        norm_epsilon: as in `ResNet`; of no meaning for a given model.
-        image_shape: shape of one image, `(height, width, 3)`, `None` for a size that varies.
+            input, which does its own preprocessing or none; what comes after C5 is left out.
+        resnet: further arguments of `ResNet`, for a backbone given by name. Defaults to None.
+        image_shape: shape of one image, `(height, width, 3)`, None for a size that varies.
 
     Raises:
         TypeError: if `backbone` is neither a name nor a `keras.Model`.
         ValueError: if the name is unknown, if a given model does not take images of `image_shape`
-            or has no feature map at one of the strides, or if an argument for names is given with
-            a model.
+            or lacks feature maps, or if `resnet` is given with a model.
     """
     if isinstance(backbone, str):
-        if backbone not in BACKBONES:
-            nearest = difflib.get_close_matches(backbone, BACKBONES)
-            names = " or ".join(map(repr, nearest or BACKBONES))
-            raise ValueError(f"There is no backbone {backbone!r}: give {names}, or a keras.Model.")
-        if normalization is None:
-            normalization = "frozen_batch_norm" if pretrained else "batch_norm"
-        if frozen_stages is None:
-            frozen_stages = 2 if pretrained else 0
-        return ResNet(
-            **BACKBONES[backbone],
-            stride_in_1x1=stride_in_1x1,
-            normalization=normalization,
-            norm_epsilon=norm_epsilon,
-            frozen_stages=frozen_stages,
-            image_shape=image_shape,
-        )
+        check_choice("backbone", backbone, BACKBONES)
+        return ResNet(**{**BACKBONES[backbone], **(resnet or {})}, image_shape=image_shape)
     if not isinstance(backbone, keras.Model):
         raise TypeError(
-            "backbone must be a name such as 'resnet50' or a keras.Model of Keras 3, not "
+            "`backbone` must be a name such as 'resnet50' or a keras.Model of Keras 3; received "
             f"{type(backbone).__module__}.{type(backbone).__qualname__}."
         )
-    for argument, value, instead in (
-        ("normalization", normalization, "choose the normalization where that model is built"),
-        ("frozen_stages", frozen_stages, "set layer.trainable on that model's layers"),
-        ("stride_in_1x1", stride_in_1x1, "choose the strides where that model is built"),
-    ):
-        if value:
-            raise ValueError(
-                f"{argument}={value!r} is for backbones given by name, not for the model "
-                f"{backbone.name!r}: {instead}."
-            )
+    if resnet:
+        raise ValueError(
+            "Arguments of `ResNet` are for backbones given by name; received the model "
+            f"{backbone.name!r} and {', '.join(map(repr, resnet))}."
+        )
     return _pyramid_model(backbone, tuple(image_shape))
 
 
@@ -118,20 +89,21 @@ def _pyramid_model(model, image_shape):
             model.get_layer(layer).output if isinstance(layer, str) else layer
             for layer in model.pyramid_level_inputs.values()
         ]
-    elif isinstance(outputs, dict) and LEVEL_STRIDES.keys() <= outputs.keys():
-        if LEVEL_STRIDES.keys() == outputs.keys() and inputs:
+    elif isinstance(outputs, dict) and _is_run(
+        LEVEL_STRIDES[k] for k in outputs if k in LEVEL_STRIDES
+    ):
+        if outputs.keys() <= LEVEL_STRIDES.keys() and inputs:
             return model
-        return keras.Model(
-            images, {level: outputs[level] for level in LEVEL_STRIDES}, name=model.name
-        )
+        maps = {level: outputs[level] for level in LEVEL_STRIDES if level in outputs}
+        return keras.Model(images, maps, name=model.name)
     else:
         candidates = keras.tree.flatten(outputs)
         if len(candidates) == 1:
             candidates = _trunk(candidates[0])
 
     found = _by_stride(images, candidates)
-    missing = [stride for stride in LEVEL_STRIDES.values() if stride not in found]
-    if missing:
+    strides = [stride for stride in LEVEL_STRIDES.values() if stride in found]
+    if not _is_run(strides):
         sources = [tensor._keras_history.operation for tensor in candidates]
         nested = [
             repr(source.name)
@@ -139,12 +111,19 @@ def _pyramid_model(model, image_shape):
             if isinstance(source, keras.Model) and source is not model
         ]
         raise ValueError(
-            f"The backbone {model.name!r} must give feature maps [batch, height, width, channels] "
-            f"of strides 4, 8, 16 and 32; the strides found are {sorted(found) or 'none'}"
-            + (f" (it holds the model {' and '.join(nested)}: give that)." if nested else ".")
+            f"The backbone {model.name!r} must have feature maps [batch, height, width, channels] of "
+            f"strides 4, 8, 16 and 32, or at least two consecutive ones; received strides "
+            f"{sorted(found) or 'none'}"
+            + (f" (it contains the model {' and '.join(nested)}: pass that)." if nested else ".")
         )
-    feature_maps = {level: found[stride] for level, stride in LEVEL_STRIDES.items()}
-    return keras.Model(images, feature_maps, name=model.name)
+    maps = {level: found[stride] for level, stride in LEVEL_STRIDES.items() if stride in found}
+    return keras.Model(images, maps, name=model.name)
+
+
+def _is_run(strides):
+    """Whether there are at least two strides, each twice the one before."""
+    strides = sorted(strides)
+    return len(strides) > 1 and all(b == 2 * a for a, b in itertools.pairwise(strides))
 
 
 def _check_inputs(model, inputs, image_shape):
@@ -152,18 +131,18 @@ def _check_inputs(model, inputs, image_shape):
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][-1] != 3:
         raise ValueError(
             f"The backbone {model.name!r} must take one channels-last batch of images "
-            f"[batch, height, width, 3], not {' and '.join(map(str, shapes))}."
+            f"[batch, height, width, 3]; received inputs {' and '.join(map(str, shapes))}."
         )
     height, width = shapes[0][1:3]
     if height not in (None, image_shape[0]) or width not in (None, image_shape[1]):
         raise ValueError(
-            f"The backbone {model.name!r} takes images of shape {shapes[0][1:]} only, but "
-            f"image_shape is {image_shape}: give the same, or build that model for (None, None, 3)."
+            f"The backbone {model.name!r} takes images of shape {shapes[0][1:]}; received "
+            f"image_shape={image_shape}: pass the same, or build that model for (None, None, 3)."
         )
 
 
 def _trunk(output):
-    """The tensors through which every path to `output` goes, in their order from the input."""
+    """Returns the tensors that every path to `output` passes through, in their order."""
     # Depth first, so that a node comes after all those that it takes its tensors from.
     nodes, seen, stack = [], set(), [(_node(output), False)]
     while stack:
@@ -197,9 +176,9 @@ def _node(tensor):
 
 
 def _by_stride(images, tensors):
-    """For each stride among `tensors`, the last feature map of those with the fewest pixels.
+    """Returns, for each stride among `tensors`, the last map of those with the fewest pixels.
 
-    Of one stride, a map with more pixels is one that was padded for the convolution after it.
+    A map with more pixels than another of its stride was padded for the convolution after it.
     """
     maps = [tensor for tensor in tensors if len(tensor.shape) == 4]
     if not maps:

@@ -3,22 +3,26 @@
 import keras
 from keras import ops
 
-from keras_fpn.normalization import check_normalization, normalization_layer
+from keras_fpn.normalization import NORMALIZATIONS, normalization_layer
+from keras_fpn.validation import check_choice, check_int
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
 class BoxHead(keras.layers.Layer):
-    """Hidden layers with ReLU, then class scores and class-specific boxes.
+    """Hidden layers with ReLU, then class scores and class-specific box deltas.
 
     Args:
-        num_classes: without the background.
-        hidden_dim: of every fully connected hidden layer.
-        hidden_layers: how many of them (2 in the paper).
-        convolutions: how many 3x3 convolutions come before them (none in the paper), with as many
-            channels as the pooled features.
-        normalization: after each of those convolutions, which then have no bias: one of
-            `keras_fpn.normalization.NORMALIZATIONS`, or None for none.
-        norm_epsilon: of that normalisation.
+        num_classes: number of classes, without the background.
+        hidden_dim: units of every fully connected hidden layer. Defaults to 1024.
+        hidden_layers: number of fully connected hidden layers. Defaults to 2, as in the paper.
+        convolutions: number of 3x3 convolutions before them, with as many channels as the pooled
+            features. Defaults to 0, as in the paper.
+        normalization: normalization layer after each of those convolutions, which then have no
+            bias: one of `keras_fpn.normalization.NORMALIZATIONS`. Defaults to None.
+        norm_epsilon: epsilon of those layers. Defaults to 1e-5.
+
+    Raises:
+        ValueError: if a number is out of range, or `normalization` is unknown.
     """
 
     def __init__(
@@ -33,11 +37,11 @@ class BoxHead(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         if normalization is not None:
-            check_normalization("normalization", normalization)
-        self.num_classes = num_classes
-        self.hidden_dim = hidden_dim
-        self.hidden_layers = hidden_layers
-        self.convolutions = convolutions
+            check_choice("normalization", normalization, NORMALIZATIONS)
+        self.num_classes = check_int("num_classes", num_classes)
+        self.hidden_dim = check_int("hidden_dim", hidden_dim)
+        self.hidden_layers = check_int("hidden_layers", hidden_layers)
+        self.convolutions = check_int("convolutions", convolutions, minimum=0)
         self.normalization = normalization
         self.norm_epsilon = norm_epsilon
 
@@ -74,7 +78,7 @@ class BoxHead(keras.layers.Layer):
         for layer in (self.class_logits, self.deltas):
             layer.build((None, None, size))
         if not self.trainable:
-            # What was set before the layers were there has to reach them.
+            # Set before the layers existed; apply it to them.
             self.trainable = False
 
     def _convolution(self, channels, name):
@@ -100,24 +104,29 @@ class BoxHead(keras.layers.Layer):
             name=name,
         )
 
-    # Methods, since Keras saves what properties give a second time.
+    # Methods: Keras would save the contents of properties a second time.
     def class_layers(self) -> list[keras.layers.Layer]:
-        """The layers whose shapes follow from the number of classes."""
+        """Returns the layers whose shapes depend on the number of classes."""
         return [self.class_logits, self.deltas]
 
     def class_independent_layers(self) -> list[keras.layers.Layer]:
+        """Returns all other layers."""
         return [*self.convolved, *self.norms, *self.hidden]
 
+    def normalized_convolutions(self) -> list[tuple]:
+        """Returns each convolution with the normalization layer after it, None without one."""
+        return list(zip(self.convolved, self.norms or [None] * len(self.convolved), strict=True))
+
     def call(self, pooled, training: bool | None = None) -> tuple:
-        """Class scores and deltas.
+        """Returns class scores and deltas.
 
         Args:
             pooled: `[B, R, 7, 7, C]`.
-            training: as normalisation layers have it.
+            training: as in Keras's normalization layers.
 
         Returns:
             `(class_logits, deltas)`: `[B, R, num_classes + 1]`, the background last, and
-            `[B, R, num_classes, 4]` (dx, dy, dw, dh) of the region for each class.
+            `[B, R, num_classes, 4]`, (dx, dy, dw, dh) from the region for each class.
         """
         _, regions, height, width, channels = pooled.shape
         x = ops.reshape(pooled, (-1, height, width, channels))

@@ -5,6 +5,7 @@ network sees, origin at the top left corner, x to the right, y down.
 """
 
 import math
+from collections.abc import Sequence
 
 import keras
 from keras import ops
@@ -15,7 +16,7 @@ BOX_FORMATS = tuple(
     for layout in ("xyxy", "yxyx", "xywh", "center_xywh", "center_yxhw")
 )
 
-# A box grows to at most 1000 / 16 times its anchor: exp() of more is of no use and may overflow.
+# Clamp on predicted dw, dh before exp(): a box is at most 1000 / 16 times as large as its anchor.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 
@@ -31,6 +32,18 @@ def check_box_format(bounding_box_format: str) -> str:
             f"received {bounding_box_format!r}."
         )
     return bounding_box_format
+
+
+def check_delta_weights(delta_weights: Sequence[float]) -> tuple[float, ...]:
+    """Returns the weights of (dx, dy, dw, dh) as a tuple.
+
+    Raises:
+        ValueError: if they are not four numbers above 0.
+    """
+    weights = tuple(delta_weights)
+    if len(weights) != 4 or not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(f"`delta_weights` must be four numbers > 0; received {weights}.")
+    return weights
 
 
 def box_area(boxes):
@@ -65,7 +78,7 @@ def pairwise_iou(boxes_a, boxes_b):
 
 
 def clip_boxes(boxes, image_sizes):
-    """Moves the edges of boxes to the image they left.
+    """Clips boxes to their image.
 
     Args:
         boxes: `[B, ..., 4]` in pixels.
@@ -81,19 +94,19 @@ def clip_boxes(boxes, image_sizes):
 
 
 def encode_deltas(boxes, anchors, weights=(1.0, 1.0, 1.0, 1.0)):
-    """Regression targets that carry anchors onto boxes (R-CNN, appendix C; Faster R-CNN, Eq. 2).
+    """Encodes boxes as deltas from anchors (R-CNN, appendix C; Faster R-CNN, Eq. 2).
 
     Args:
-        boxes: `[..., 4]` the boxes to reach.
-        anchors: `[..., 4]` the boxes to start from (anchors or proposals).
-        weights: what (dx, dy, dw, dh) are multiplied by.
+        boxes: `[..., 4]` target boxes.
+        anchors: `[..., 4]` anchors or proposals.
+        weights: factors of (dx, dy, dw, dh).
 
     Returns:
-        `[..., 4]` deltas (dx, dy, dw, dh). Finite for empty boxes too.
+        `[..., 4]` deltas (dx, dy, dw, dh), finite for empty boxes too.
     """
     anchor_centers, anchor_sizes = _center_size(anchors)
     centers, sizes = _center_size(boxes)
-    # An empty box is never a positive's target; it only must not turn the unused lanes into NaN.
+    # An empty box is never the target of a positive, but must not produce NaN in masked rows.
     anchor_sizes = ops.maximum(anchor_sizes, 1e-6)
     sizes = ops.maximum(sizes, 1e-6)
     shifts = (centers - anchor_centers) / anchor_sizes
@@ -104,13 +117,13 @@ def encode_deltas(boxes, anchors, weights=(1.0, 1.0, 1.0, 1.0)):
 def decode_deltas(
     deltas, anchors, weights=(1.0, 1.0, 1.0, 1.0), max_log_scale: float = MAX_LOG_SCALE
 ):
-    """Moves anchors by deltas: the inverse of `encode_deltas`.
+    """Decodes deltas into boxes: the inverse of `encode_deltas`.
 
     Args:
         deltas: `[..., 4]` (dx, dy, dw, dh).
         anchors: `[..., 4]`, same leading dimensions or ones that broadcast.
-        weights: what the deltas were multiplied by.
-        max_log_scale: dw and dh count as at most this.
+        weights: factors that the deltas were encoded with.
+        max_log_scale: clamp on dw, dh.
 
     Returns:
         `[..., 4]` boxes.
@@ -123,13 +136,14 @@ def decode_deltas(
 
 
 def convert_boxes(boxes, source: str, target: str, image_sizes):
-    """Boxes of one format in another.
+    """Converts boxes from one format to another.
 
     Args:
         boxes: `[B, N, 4]`.
         source: format of `boxes`, one of `BOX_FORMATS`.
-        target: wanted format, one of `BOX_FORMATS`.
-        image_sizes: `[B, 2]` height and width of each image: what a `rel_` format is relative to.
+        target: format to convert to, one of `BOX_FORMATS`.
+        image_sizes: `[B, 2]`, height and width of each image, which `rel_` formats are relative
+            to.
 
     Returns:
         `[B, N, 4]` float32.

@@ -1,4 +1,4 @@
-"""From the box head's predictions to the detections of an image."""
+"""Detections: the box head's predictions decoded, thresholded and filtered by NMS per class."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ from keras import ops
 from keras_fpn.boxes import (
     MAX_LOG_SCALE,
     check_box_format,
+    check_delta_weights,
     clip_boxes,
     convert_boxes,
     decode_deltas,
@@ -15,20 +16,26 @@ from keras_fpn.boxes import (
 )
 from keras_fpn.nms import non_max_suppression
 from keras_fpn.ranking import take_rows
+from keras_fpn.validation import check_fraction, check_int, check_non_negative
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
 class DetectionGenerator(keras.layers.Layer):
-    """Decodes the boxes of every class, drops the unlikely ones, and thins out each class.
+    """Selects the detections of an image among the boxes of all regions and classes.
 
     Args:
-        score_threshold: a detection's score is over this.
-        nms_iou_threshold: boxes of a class that overlap by more than this compete.
-        max_detections: an image keeps this many, the best of all classes together.
-        delta_weights: what the head's (dx, dy, dw, dh) are divided by.
-        max_log_scale: dw and dh count as at most this.
-        min_size: a box with a side under this many pixels is dropped.
-        bounding_box_format: of the detections.
+        score_threshold: detections have a score above this. Defaults to 0.05.
+        nms_iou_threshold: NMS IoU threshold, per class. Defaults to 0.5.
+        max_detections: detections per image, the best of all classes together. Defaults to 100.
+        delta_weights: weights of (dx, dy, dw, dh): targets are multiplied, predictions divided by
+            them. Defaults to (10, 10, 5, 5).
+        max_log_scale: clamp on predicted dw, dh. Defaults to log(1000 / 16).
+        min_size: boxes with a side below this many pixels are dropped. Defaults to 1e-2.
+        bounding_box_format: format of the detections and of the ground truth: "xyxy" (the
+            default), "yxyx", "xywh", "center_xywh", "center_yxhw", or one of these after "rel_".
+
+    Raises:
+        ValueError: if a number is out of range, or the format is unknown.
     """
 
     def __init__(
@@ -44,28 +51,28 @@ class DetectionGenerator(keras.layers.Layer):
     ):
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
-        self.score_threshold = score_threshold
-        self.nms_iou_threshold = nms_iou_threshold
-        self.max_detections = max_detections
-        self.delta_weights = tuple(delta_weights)
-        self.max_log_scale = max_log_scale
-        self.min_size = min_size
+        self.score_threshold = check_fraction("score_threshold", score_threshold)
+        self.nms_iou_threshold = check_fraction("nms_iou_threshold", nms_iou_threshold)
+        self.max_detections = check_int("max_detections", max_detections)
+        self.delta_weights = check_delta_weights(delta_weights)
+        self.max_log_scale = check_non_negative("max_log_scale", max_log_scale)
+        self.min_size = check_non_negative("min_size", min_size)
         self.bounding_box_format = check_box_format(bounding_box_format)
 
     def call(self, class_logits, deltas, proposals, proposal_scores, image_sizes) -> dict:
-        """Detections of a batch.
+        """Returns the detections of a batch.
 
         Args:
             class_logits: `[B, R, num_classes + 1]`, the background last.
             deltas: `[B, R, num_classes, 4]`.
             proposals: `[B, R, 4]` xyxy pixels.
             proposal_scores: `[B, R]`, negative where there is no proposal.
-            image_sizes: `[B, 2]` height and width that the boxes are clipped to.
+            image_sizes: `[B, 2]`, height and width of each image, which boxes are clipped to.
 
         Returns:
             `{"boxes": [B, D, 4], "scores": [B, D], "labels": [B, D], "num_detections": [B]}`: boxes
-            in `bounding_box_format`, probabilities in falling order, int32; rows without a
-            detection have label -1 and zeros.
+            in `bounding_box_format`, probabilities in descending order, int32 labels; padded with
+            zeros and label -1.
         """
         regions, num_classes = deltas.shape[1:3]
         boxes = decode_deltas(
@@ -75,8 +82,10 @@ class DetectionGenerator(keras.layers.Layer):
         scores = ops.softmax(class_logits, axis=-1)[..., :num_classes]
         scores = ops.where(proposal_scores[..., None] >= 0, scores, -float("inf"))
         scores = ops.reshape(scores, (-1, regions * num_classes))
-        wanted = ops.logical_and(scores > self.score_threshold, larger_than(boxes, self.min_size))
-        scores = ops.where(wanted, scores, -float("inf"))
+        candidate = ops.logical_and(
+            scores > self.score_threshold, larger_than(boxes, self.min_size)
+        )
+        scores = ops.where(candidate, scores, -float("inf"))
         labels = ops.tile(ops.arange(num_classes, dtype="int32"), [regions])[None, :]
 
         kept = non_max_suppression(

@@ -1,4 +1,4 @@
-"""Which ground truth an anchor or a proposal stands for, if any."""
+"""Matching of anchors and proposals with the ground truth."""
 
 from keras import ops
 
@@ -19,10 +19,10 @@ def match(
         candidates: `[1 or B, N, 4]` xyxy pixels.
         boxes: `[B, G, 4]` ground truth, padded.
         is_object: `[B, G]` bool, which rows of `boxes` are real.
-        positive_iou: a candidate is positive from this overlap on.
-        negative_iou: a candidate is negative under this overlap; between the two it is neither.
-        keep_best_of_each_object: also makes those candidates positive, whatever their overlap,
-            with which an object has its largest IoU (all of them where they tie).
+        positive_iou: candidates of at least this IoU are positive.
+        negative_iou: candidates below this IoU are negative; between the two they are neither.
+        keep_best_of_each_object: whether the candidates of largest IoU with an object (all of them
+            if tied) are positive whatever that IoU is.
 
     Returns:
         `(matched, is_positive, is_negative)`, each `[B, N]`: index of the object of largest IoU
@@ -41,7 +41,7 @@ def match(
 
 
 def real_objects(boxes, labels):
-    """Which rows of a padded ground truth are objects: a label, finite edges and an area.
+    """Returns which rows of a padded ground truth have a label, finite edges and an area.
 
     Args:
         boxes: `[B, G, 4]` xyxy pixels.

@@ -1,6 +1,4 @@
-"""Normalisation layers by name, as backbone, pyramid and box head have them."""
-
-import difflib
+"""The normalization layers of backbone, pyramid and box head, by name."""
 
 import keras
 from keras import ops
@@ -55,20 +53,10 @@ class FrozenBatchNormalization(keras.layers.Layer):
         return {**super().get_config(), "epsilon": self.epsilon}
 
 
-def check_normalization(argument: str, kind: str) -> None:
-    """Raises a ValueError where `kind` is none of `NORMALIZATIONS`."""
-    if kind not in NORMALIZATIONS:
-        nearest = difflib.get_close_matches(str(kind), NORMALIZATIONS, n=1)
-        raise ValueError(
-            f"{argument} must be one of {list(NORMALIZATIONS)}, not {kind!r}"
-            + (f"; did you mean {nearest[0]!r}?" if nearest else ".")
-        )
-
-
 def normalization_layer(
     kind: str, epsilon: float, *, name: str, dtype: keras.DTypePolicy
 ) -> keras.layers.Layer:
-    """The normalisation over the last axis that `kind`, one of `NORMALIZATIONS`, stands for."""
+    """Returns a normalization layer over the last axis; `kind` is one of `NORMALIZATIONS`."""
     if kind == "frozen_batch_norm":
         return FrozenBatchNormalization(epsilon, name=name, dtype=dtype)
     if kind == "group_norm":

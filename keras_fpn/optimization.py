@@ -13,7 +13,7 @@ class SGDWithL2(keras.optimizers.SGD):
 
     Keras's own `weight_decay` shrinks weights beside the gradient, which momentum then does not
     amplify: at momentum 0.9 it is ten times weaker. Only kernels decay, that is, weights of two or
-    more dimensions; biases and the scales and shifts of normalisations do not.
+    more dimensions; biases and the scales and shifts of normalizations do not.
 
     Args:
         learning_rate: a number or a schedule.

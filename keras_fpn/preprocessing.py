@@ -1,27 +1,32 @@
-"""From pixels to what the backbone reads: the first stage of the model."""
+"""Preprocessing: normalizes pixels and pads the batch."""
 
 from collections.abc import Sequence
 
 import keras
 from keras import ops
 
+from keras_fpn.validation import check_choice, check_int
+
 
 @keras.saving.register_keras_serializable("keras_fpn")
 class ImageNormalizer(keras.layers.Layer):
-    """Normalises RGB pixels and pads the batch to a multiple of `size_divisor`.
+    """Normalizes RGB pixels and pads the batch to a multiple of `size_divisor`.
 
-    Everything outside an image's own area becomes 0 after normalising, wherever the caller's
-    padding came from, so that an image gives the same features alone and in a padded batch.
+    Everything outside an image's own area is 0 after normalization, whatever the caller padded
+    with, so that an image has the same features alone and in a padded batch.
 
     Args:
-        mean: of R, G and B, in 0..255.
-        std: of R, G and B, in 0..255.
-        size_divisor: height and width are padded, at the bottom and the right, to a multiple.
-        channel_order: "rgb", or "bgr" for a backbone that reads blue first. Given images, `mean`
-            and `std` are R, G, B either way.
+        mean: mean of R, G and B in 0..255. Defaults to ImageNet's. A backbone that rescales pixels
+            itself takes (0, 0, 0).
+        std: standard deviation of R, G and B. Defaults to ImageNet's. A backbone that rescales
+            pixels itself takes (1, 1, 1).
+        size_divisor: height and width are padded, at the bottom and the right, to a multiple of
+            this. Defaults to 32.
+        channel_order: "rgb" (the default), or "bgr" for a backbone that reads blue first. The
+            images passed in, `mean` and `std` are in the order R, G, B either way.
 
     Raises:
-        ValueError: if `channel_order` is neither.
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -32,22 +37,24 @@ class ImageNormalizer(keras.layers.Layer):
         channel_order: str = "rgb",
         **kwargs,
     ):
-        # The pixels are handled in float32; the backbone casts them to its own compute dtype.
+        # Pixels are normalized in float32; the backbone casts them to its own compute dtype.
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
-        if channel_order not in ("rgb", "bgr"):
-            raise ValueError(f"`channel_order` is 'rgb' or 'bgr'; received {channel_order!r}.")
-        self.mean = tuple(mean)
-        self.std = tuple(std)
-        self.size_divisor = size_divisor
-        self.channel_order = channel_order
+        self.mean, self.std = tuple(mean), tuple(std)
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(
+                "`mean` and `std` must be three numbers, those of `std` > 0; received "
+                f"{self.mean} and {self.std}."
+            )
+        self.size_divisor = check_int("size_divisor", size_divisor)
+        self.channel_order = check_choice("channel_order", channel_order, ("rgb", "bgr"))
 
     def call(self, images, image_sizes):
-        """Normalised images.
+        """Returns the normalized batch.
 
         Args:
             images: `[B, H, W, 3]` RGB pixels in 0..255.
-            image_sizes: `[B, 2]` height and width of each image inside the batch.
+            image_sizes: `[B, 2]`, height and width of each image inside the batch.
 
         Returns:
             `[B, H', W', 3]` float32 in `channel_order`, with H' and W' multiples of `size_divisor`.
@@ -64,12 +71,12 @@ class ImageNormalizer(keras.layers.Layer):
         columns = ops.arange(shape[2], dtype="int32")[None, :] < sizes[:, 1:2]
         inside = ops.logical_and(ops.expand_dims(rows, 2), ops.expand_dims(columns, 1))
         x = ops.where(ops.expand_dims(inside, 3), x, 0.0)
-        # Not `-size % divisor`: tf2onnx makes another number of a negative one.
+        # Not `-size % divisor`: tf2onnx computes another remainder of a negative number.
         bottom, right = (
             self.size_divisor - 1 - (size - 1) % self.size_divisor for size in shape[1:3]
         )
         x = ops.pad(x, [[0, 0], [0, bottom], [0, right], [0, 0]])
-        # LiteRT wants to know the number of channels.
+        # LiteRT needs a static number of channels.
         return ops.reshape(x, (shape[0], shape[1] + bottom, shape[2] + right, 3))
 
     def compute_output_shape(self, images_shape, image_sizes_shape):

@@ -1,31 +1,42 @@
-"""From the RPN's predictions to the regions that the second stage looks at."""
+"""Proposals: the RPN's predictions decoded, ranked and filtered by NMS (FPN, section 4.1)."""
 
 from collections.abc import Mapping, Sequence
 
 import keras
 from keras import ops
 
-from keras_fpn.boxes import MAX_LOG_SCALE, clip_boxes, decode_deltas, larger_than
+from keras_fpn.boxes import (
+    MAX_LOG_SCALE,
+    check_delta_weights,
+    clip_boxes,
+    decode_deltas,
+    larger_than,
+)
 from keras_fpn.nms import non_max_suppression
 from keras_fpn.ranking import take_rows, top_k
+from keras_fpn.validation import check_fraction, check_int, check_non_negative
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
 class ProposalGenerator(keras.layers.Layer):
-    """Decodes, clips, ranks and thins out the anchors of all levels.
+    """Selects the proposals of an image among the anchors of all levels.
 
-    Each level gives its `pre_nms` best anchors; NMS runs within each level; the `post_nms` best of
-    all levels together remain. No gradient passes.
+    The `pre_nms` best anchors of each level are decoded and clipped to the image; NMS runs within
+    each level; the `post_nms` best of all levels together remain. No gradient passes.
 
     Args:
-        pre_nms: anchors a level before NMS, in inference.
-        post_nms: proposals an image, in inference.
-        training_pre_nms: the same in training.
-        training_post_nms: the same in training.
-        nms_iou_threshold: proposals of a level that overlap by more than this compete.
-        delta_weights: what the head's (dx, dy, dw, dh) are divided by.
-        max_log_scale: dw and dh count as at most this.
-        min_size: a proposal with a side under this many pixels is dropped.
+        pre_nms: anchors per level before NMS, in inference. Defaults to 1000.
+        post_nms: proposals per image, in inference. Defaults to 1000.
+        training_pre_nms: anchors per level before NMS, in training. Defaults to 2000.
+        training_post_nms: proposals per image, in training. Defaults to 2000.
+        nms_iou_threshold: NMS IoU threshold. Defaults to 0.7.
+        delta_weights: weights of (dx, dy, dw, dh): targets are multiplied, predictions divided by
+            them. Defaults to 1 for all.
+        max_log_scale: clamp on predicted dw, dh. Defaults to log(1000 / 16).
+        min_size: proposals with a side below this many pixels are dropped. Defaults to 1e-3.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     def __init__(
@@ -42,30 +53,30 @@ class ProposalGenerator(keras.layers.Layer):
     ):
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
-        self.pre_nms = pre_nms
-        self.post_nms = post_nms
-        self.training_pre_nms = training_pre_nms
-        self.training_post_nms = training_post_nms
-        self.nms_iou_threshold = nms_iou_threshold
-        self.delta_weights = tuple(delta_weights)
-        self.max_log_scale = max_log_scale
-        self.min_size = min_size
+        self.pre_nms = check_int("pre_nms", pre_nms)
+        self.post_nms = check_int("post_nms", post_nms)
+        self.training_pre_nms = check_int("training_pre_nms", training_pre_nms)
+        self.training_post_nms = check_int("training_post_nms", training_post_nms)
+        self.nms_iou_threshold = check_fraction("nms_iou_threshold", nms_iou_threshold)
+        self.delta_weights = check_delta_weights(delta_weights)
+        self.max_log_scale = check_non_negative("max_log_scale", max_log_scale)
+        self.min_size = check_non_negative("min_size", min_size)
 
     def call(
         self, objectness: Mapping, deltas: Mapping, anchors: Mapping, image_sizes, training=False
     ) -> tuple:
-        """Proposals of a batch.
+        """Returns the proposals of a batch.
 
         Args:
             objectness: level name to `[B, h, w, A]` logits.
             deltas: level name to `[B, h, w, 4 * A]`.
             anchors: level name to `[h * w * A, 4]` xyxy pixels.
-            image_sizes: `[B, 2]` height and width that the proposals are clipped to.
-            training: whether the training numbers apply.
+            image_sizes: `[B, 2]`, height and width of each image, which proposals are clipped to.
+            training: whether to use `training_pre_nms` and `training_post_nms`.
 
         Returns:
             `(boxes, scores)`: `[B, post_nms, 4]` xyxy pixels and `[B, post_nms]` objectness
-            probabilities, the best first; rows without a proposal are zero boxes of score -1.
+            probabilities, sorted by score; padded with zero boxes of score -1.
         """
         pre_nms = self.training_pre_nms if training else self.pre_nms
         post_nms = self.training_post_nms if training else self.post_nms

@@ -5,22 +5,31 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
-from keras_fpn.normalization import check_normalization, normalization_layer
+from keras_fpn.normalization import NORMALIZATIONS, normalization_layer
+from keras_fpn.validation import check_choice, check_int
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
 class FeaturePyramid(keras.layers.Layer):
     """Turns the bottom-up maps C2..C5 into the pyramid P2..P5, and P6 for the RPN.
 
-    Every C gets a 1x1 lateral convolution; from the coarsest level down, the level above is
-    upsampled to the lateral's own size (nearest neighbour) and added; a 3x3 convolution of each
-    sum gives P. There is no non-linearity. P6 is every second pixel of P5 (section 4.1).
+    Every C goes through a 1x1 lateral convolution; from the coarsest level down, the level above
+    is upsampled to the lateral's own size (nearest neighbor) and added; a 3x3 convolution of each
+    sum gives P. There is no non-linearity. P6 is P5 subsampled with stride 2 (section 4.1).
 
     Args:
-        channels: of every output level (d = 256 in the paper).
-        normalization: after each convolution, which then has no bias: one of
-            `keras_fpn.normalization.NORMALIZATIONS`, or None for none, as in the paper.
-        norm_epsilon: of that normalisation.
+        channels: of every level. Defaults to 256, d in the paper.
+        normalization: normalization layer after each convolution, which then has no bias: one of
+            `keras_fpn.normalization.NORMALIZATIONS`. Defaults to None, as in the paper.
+        norm_epsilon: epsilon of those layers. Defaults to 1e-5.
+
+    Attributes:
+        rpn_levels: names of the levels that the RPN predicts on, finest first; known once built.
+        roi_levels: names of the levels that regions are pooled from, finest first; known once
+            built. The level above the backbone's coarsest is for the RPN only.
+
+    Raises:
+        ValueError: if `channels` is not an integer of at least 1, or `normalization` is unknown.
     """
 
     def __init__(
@@ -32,12 +41,14 @@ class FeaturePyramid(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         if normalization is not None:
-            check_normalization("normalization", normalization)
-        self.channels = channels
+            check_choice("normalization", normalization, NORMALIZATIONS)
+        self.channels = check_int("channels", channels)
         self.normalization = normalization
         self.norm_epsilon = norm_epsilon
 
     def build(self, input_shapes):
+        self.roi_levels = tuple(f"P{level[1:]}" for level in sorted(input_shapes))
+        self.rpn_levels = (*self.roi_levels, f"P{int(self.roi_levels[-1][1:]) + 1}")
         self.laterals, self.outputs = {}, {}
         self.lateral_norms, self.output_norms = {}, {}
         for level, shape in sorted(input_shapes.items()):
@@ -50,7 +61,7 @@ class FeaturePyramid(keras.layers.Layer):
                 self.lateral_norms[level] = self._norm(f"lateral_norm_{level}", between)
                 self.output_norms[level] = self._norm(f"output_norm_{level}", between)
         if not self.trainable:
-            # What was set before the layers were there has to reach them.
+            # Set before the layers existed; apply it to them.
             self.trainable = False
 
     def _norm(self, name, input_shape):
@@ -74,15 +85,28 @@ class FeaturePyramid(keras.layers.Layer):
         layer.build(input_shape)
         return layer
 
+    # A method: Keras would save the contents of a property a second time.
+    def normalized_convolutions(self) -> list[tuple]:
+        """Returns each convolution with the normalization layer after it, None without one."""
+        return [
+            (layers[level], norms.get(level))
+            for layers, norms in (
+                (self.laterals, self.lateral_norms),
+                (self.outputs, self.output_norms),
+            )
+            for level in layers
+        ]
+
     def call(self, features: Mapping, training: bool | None = None) -> dict:
-        """The pyramid.
+        """Returns the pyramid.
 
         Args:
             features: `{"C2": [B, H/4, W/4, C], ..., "C5": ...}`: any run of consecutive levels.
-            training: as normalisation layers have it.
+            training: as in Keras's normalization layers.
 
         Returns:
-            `{"P2": [B, H/4, W/4, channels], ...}` for every C, and the level above the coarsest.
+            `{"P2": [B, H/4, W/4, channels], ...}`, finest first: a level for every C, and the one
+            above the coarsest.
         """
         levels = sorted(features, reverse=True)
         pyramid = {}
@@ -96,9 +120,9 @@ class FeaturePyramid(keras.layers.Layer):
             if self.normalization is not None:
                 output = self.output_norms[level](output, training=training)
             pyramid[f"P{level[1:]}"] = output
-        coarsest = int(levels[0][1:])
-        pyramid[f"P{coarsest + 1}"] = pyramid[f"P{coarsest}"][:, ::2, ::2, :]
-        return dict(sorted(pyramid.items()))
+        *_, coarsest, subsampled = self.rpn_levels
+        pyramid[subsampled] = pyramid[coarsest][:, ::2, ::2, :]
+        return {level: pyramid[level] for level in self.rpn_levels}
 
     def compute_output_shape(self, input_shapes) -> dict:
         shapes = {
@@ -122,7 +146,7 @@ class FeaturePyramid(keras.layers.Layer):
 
 
 def _upsample(x, like):
-    """Nearest-neighbour upsampling of `x` to the height and width of `like`."""
+    """Nearest-neighbor upsampling of `x` to the height and width of `like`."""
     for axis in (1, 2):
         size, wanted = x.shape[axis], like.shape[axis]
         if size is not None and wanted is not None and wanted in (2 * size, 2 * size - 1):

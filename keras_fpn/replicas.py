@@ -1,11 +1,14 @@
-"""The replicas of `tf.distribute`, as a step sees them; without a strategy there is one."""
+"""The replicas of `tf.distribute` as seen from a training step; without a strategy there is one."""
+
+import contextlib
+from collections.abc import Iterator
 
 import keras
 from keras import ops
 
 
 def num_replicas() -> int:
-    """How many replicas take a step together, those of all workers."""
+    """Returns the number of replicas, those of all workers together."""
     if keras.backend.backend() != "tensorflow":
         return 1
     import tensorflow as tf
@@ -14,7 +17,7 @@ def num_replicas() -> int:
 
 
 def sum_over_replicas(values):
-    """Sums a tensor, or each of a list of tensors, over all replicas."""
+    """Returns the sum over all replicas of a tensor, or of each of a list of tensors."""
     if num_replicas() == 1:
         return values
     import tensorflow as tf
@@ -23,10 +26,10 @@ def sum_over_replicas(values):
 
 
 def rows_of_replica(batch_size):
-    """Where this replica's images stand in the batch of all replicas.
+    """Returns the positions of this replica's images in the global batch.
 
     Args:
-        batch_size: images of one replica, the same on each.
+        batch_size: images per replica, the same on each.
 
     Returns:
         int32 `[batch_size]` indices into the `num_replicas() * batch_size` images.
@@ -40,11 +43,23 @@ def rows_of_replica(batch_size):
     return rows + ops.cast(replica, "int32") * batch_size
 
 
-def expect_summed_gradients(optimizer) -> None:
-    """Keeps an optimizer from summing gradients over replicas, which the step has done.
+@contextlib.contextmanager
+def gradients_already_summed(optimizer) -> Iterator[None]:
+    """Within it, an optimizer applies gradients without summing them over replicas.
 
-    Keras sums them after clipping and after looking for overflow, so that a clipped norm would be
-    that of one replica, and an overflow on another would reach the weights.
+    Keras sums them after clipping and after the check for overflow, so that the clipped norm would
+    be that of one replica, and an overflow on another replica would reach the weights.
     """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
+    if not hasattr(optimizer, "_applications_of_sums"):
+        optimizer._applications_of_sums = 0
+        all_reduce = optimizer._all_reduce_sum_gradients
+        optimizer._all_reduce_sum_gradients = lambda grads_and_vars: (
+            grads_and_vars if optimizer._applications_of_sums else all_reduce(grads_and_vars)
+        )
+    # A count: replicas are traced in threads that take turns inside this context.
+    optimizer._applications_of_sums += 1
+    try:
+        yield
+    finally:
+        optimizer._applications_of_sums -= 1

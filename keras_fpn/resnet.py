@@ -1,4 +1,4 @@
-"""Bottom-up pathway: residual networks that give the feature maps C2..C5.
+"""Bottom-up pathway: residual networks with the feature maps C2..C5.
 
 He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385, Table 1, in the form in
 which Lin et al. use them (arXiv 1612.03144, section 3): the output of each stage's last residual
@@ -10,7 +10,8 @@ from functools import partial
 import keras
 from keras import ops
 
-from keras_fpn.normalization import check_normalization, normalization_layer
+from keras_fpn.normalization import NORMALIZATIONS, normalization_layer
+from keras_fpn.validation import check_choice, check_int, check_non_negative
 
 # Residual blocks in C2, C3, C4 and C5 for each depth. From 50 on the blocks are bottlenecks.
 STAGE_BLOCKS = {
@@ -24,10 +25,10 @@ STAGE_BLOCKS = {
 
 @keras.saving.register_keras_serializable("keras_fpn")
 class GroupedConv2D(keras.layers.Conv2D):
-    """Convolution of `groups` groups of channels, each by itself.
+    """Grouped convolution.
 
-    On TensorFlow it is written as one convolution a group: Keras hands a grouped one to XLA, which
-    not every server has, and without oneDNN TensorFlow has no gradient of it on the CPU.
+    On TensorFlow it is one convolution per group: Keras compiles a grouped one with XLA, which not
+    every server has, and without oneDNN TensorFlow has no gradient of it on the CPU.
     """
 
     def convolution_op(self, inputs, kernel):
@@ -65,9 +66,8 @@ class ResNet(keras.Model):
         width_per_group: channels of a group in C2's 3x3 convolutions, twice as many in each stage
             after it. Defaults to 64; ResNeXt-101 32x8d has 32 groups of 8.
         normalization: "frozen_batch_norm", "batch_norm", "sync_batch_norm" (batch statistics over
-            all replicas, TensorFlow only), "group_norm" (32 groups) or "folded": none, and
-            convolutions with a bias, which is what a batch norm of constant statistics comes to in
-            inference. Defaults to "batch_norm".
+            all replicas, TensorFlow only), "group_norm" (32 groups), or None: convolutions with a
+            bias, which batch norms can be folded into for inference. Defaults to "batch_norm".
         norm_epsilon: float, added to the variance in every normalization. Defaults to 1e-5.
         frozen_stages: int, how many of stem, C2, C3, C4 and C5 are fixed in training, counted from
             the image: 0 is none, 2 is stem and C2, 5 is all. A batch norm that is fixed uses its
@@ -89,7 +89,7 @@ class ResNet(keras.Model):
         stride_in_1x1: bool = False,
         groups: int = 1,
         width_per_group: int = 64,
-        normalization: str = "batch_norm",
+        normalization: str | None = "batch_norm",
         norm_epsilon: float = 1e-5,
         frozen_stages: int = 0,
         image_shape: tuple[int | None, int | None, int] = (None, None, 3),
@@ -98,35 +98,36 @@ class ResNet(keras.Model):
         dtype: str | keras.DTypePolicy | None = None,
     ):
         if depth not in STAGE_BLOCKS:
-            raise ValueError(f"depth must be one of {list(STAGE_BLOCKS)}, not {depth!r}.")
+            raise ValueError(f"`depth` must be one of {list(STAGE_BLOCKS)}; received {depth!r}.")
         bottleneck = depth >= 50
         if stride_in_1x1 and not bottleneck:
             raise ValueError(
                 "stride_in_1x1=True needs the bottleneck blocks of depth 50, 101 or 152, not depth "
                 f"{depth}."
             )
-        for argument, value in (("groups", groups), ("width_per_group", width_per_group)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{argument} must be an int of at least 1, not {value!r}.")
+        groups = check_int("groups", groups)
+        width_per_group = check_int("width_per_group", width_per_group)
+        norm_epsilon = check_non_negative("norm_epsilon", norm_epsilon)
         if (groups, width_per_group) != (1, 64) and not bottleneck:
             raise ValueError(
                 f"groups={groups} and width_per_group={width_per_group} need the bottleneck blocks "
                 f"of depth 50, 101 or 152, not depth {depth}."
             )
-        if normalization != "folded":
-            check_normalization("normalization", normalization)
-        if not isinstance(frozen_stages, int) or not 0 <= frozen_stages <= 5:
+        if normalization is not None:
+            check_choice("normalization", normalization, NORMALIZATIONS)
+        frozen_stages = check_int("frozen_stages", frozen_stages, minimum=0)
+        if frozen_stages > 5:
             raise ValueError(
-                "frozen_stages must be an int from 0 (none) to 5 (stem, C2, C3, C4 and C5), not "
-                f"{frozen_stages!r}."
+                "`frozen_stages` must be at most 5 (stem, C2, C3, C4 and C5); received "
+                f"{frozen_stages}."
             )
         image_shape = tuple(image_shape)
         if len(image_shape) != 3 or image_shape[-1] != 3:
-            raise ValueError(f"image_shape must be (height, width, 3), not {image_shape}.")
+            raise ValueError(f"`image_shape` must be (height, width, 3); received {image_shape}.")
         dtype = keras.dtype_policies.get(dtype)
 
         # === Layers ===
-        convolve = partial(_convolve, use_bias=normalization == "folded", dtype=dtype)
+        convolve = partial(_convolve, use_bias=normalization is None, dtype=dtype)
         normalize = partial(_normalize, kind=normalization, epsilon=norm_epsilon, dtype=dtype)
 
         # === Functional Model ===
@@ -180,6 +181,34 @@ class ResNet(keras.Model):
                 layer.trainable = False
         if not trainable:
             self.trainable = False
+
+    def stage(self, level: str) -> keras.Model:
+        """Returns the layers of one stage, for maps of any size; weights are shared.
+
+        Args:
+            level: "C2", "C3", "C4" or "C5": the map that the stage computes, from the image for
+                C2, else from the map before. C5's serves as the box head of C4 baselines.
+
+        Raises:
+            ValueError: if there is no such level.
+        """
+        check_choice("level", level, self.output)
+        before = f"C{int(level[1:]) - 1}"
+        inputs = self.output[before] if before in self.output else self.input
+        stage = keras.Model(inputs, self.output[level], name=f"{self.name}_{level}")
+        stage.input_spec = None  # Its input need not have the size that `image_shape` leads to.
+        return stage
+
+    # A method: Keras would save the contents of a property a second time.
+    def normalized_convolutions(self) -> list[tuple]:
+        """Returns each convolution with the normalization layer after it, None without one."""
+        return [
+            (layer, None)
+            if self.normalization is None
+            else (layer, self.get_layer(layer.name.replace("conv", "norm")))
+            for layer in self.layers
+            if isinstance(layer, keras.layers.Conv2D)
+        ]
 
     def get_config(self):
         return {
@@ -246,6 +275,6 @@ def _pad(x, padding, *, name, dtype):
 
 
 def _normalize(x, *, kind, epsilon, name, dtype):
-    if kind == "folded":
+    if kind is None:
         return x
     return normalization_layer(kind, epsilon, name=name, dtype=dtype)(x)

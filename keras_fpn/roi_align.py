@@ -1,4 +1,4 @@
-"""Crop-and-resize of regions out of the pyramid: RoIAlign over all levels in one pass."""
+"""Crop-and-resize pooling of regions from the pyramid: RoIAlign over all levels in one pass."""
 
 from collections.abc import Mapping
 
@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_fpn.adaptive_roi_align import pool_adaptively
 from keras_fpn.roi_levels import assign_levels
+from keras_fpn.validation import check_int, check_non_negative
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
@@ -14,18 +15,22 @@ class PyramidRoIAlign(keras.layers.Layer):
     """Pools every region from its own level into a grid of `output_size` x `output_size` bins.
 
     A bin is the mean of `sampling_ratio` x `sampling_ratio` points inside it, each interpolated
-    bilinearly between the four pixels around it (RoIAlign). The defaults are torchvision's;
-    Detectron2 has `aligned=True, sampling_ratio=None`.
+    bilinearly from the four pixels around it (RoIAlign). The defaults are torchvision's; Detectron2
+    has `aligned=True, sampling_ratio=None`.
 
     Args:
-        output_size: bins on a side (7 in the paper).
-        sampling_ratio: points on a side of each bin. None for as many as are at most a pixel of
-            the level apart: `ceil(side of the region on its level / output_size)` along each axis.
-        canonical_level: the level of a region of `canonical_size` (k0 of Eqn. 1).
-        canonical_size: side in pixels.
-        aligned: whether the centre of a level's first pixel lies half a pixel inside the image's
-            edge, and regions keep their size. If not, it lies on the edge, and a region is at least
-            one pixel of its level wide and high.
+        output_size: bins along each side. Defaults to 7, as in the paper.
+        sampling_ratio: sampling points along each side of a bin. Defaults to 2. None is adaptive:
+            `ceil(side of the region on its level / output_size)` along each axis, so that points
+            are at most a pixel apart.
+        canonical_level: level of a region of `canonical_size`, k0 of Eqn. 1. Defaults to 4.
+        canonical_size: side in pixels. Defaults to 224.
+        aligned: whether the center of a level's first pixel lies half a pixel inside the image's
+            edge, and regions keep their size. If False, the default, it lies on the edge, and a
+            region is at least one pixel of its level wide and high.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     def __init__(
@@ -39,14 +44,16 @@ class PyramidRoIAlign(keras.layers.Layer):
     ):
         # Features come in the compute dtype; coordinates must stay float32.
         super().__init__(autocast=False, **kwargs)
-        self.output_size = output_size
-        self.sampling_ratio = sampling_ratio
-        self.canonical_level = canonical_level
-        self.canonical_size = canonical_size
+        self.output_size = check_int("output_size", output_size)
+        self.sampling_ratio = (
+            None if sampling_ratio is None else check_int("sampling_ratio", sampling_ratio)
+        )
+        self.canonical_level = check_int("canonical_level", canonical_level, minimum=0)
+        self.canonical_size = check_non_negative("canonical_size", canonical_size)
         self.aligned = aligned
 
     def call(self, features: Mapping, boxes):
-        """Pooled features.
+        """Returns the pooled features.
 
         Args:
             features: `{"P2": [B, H/4, W/4, C], ...}`: consecutive levels, level k with stride 2^k.
@@ -99,7 +106,7 @@ class PyramidRoIAlign(keras.layers.Layer):
         return ops.reshape(pooled, (-1, regions, side, side, channels))
 
     def _taps(self, start, end, limit):
-        """Where the points of each bin lie along one axis, and what each pixel counts.
+        """Returns the pixels and weights that interpolate the points of each bin along one axis.
 
         Args:
             start: `[B, R, 1]` first edge of the regions, in pixels of their level.
@@ -108,8 +115,8 @@ class PyramidRoIAlign(keras.layers.Layer):
 
         Returns:
             `(indices, weights)`, both `[B, R, output_size, 2 * sampling_ratio]`: the two pixels
-            around each point. Points over a pixel outside the map count as 0, others outside as
-            the edge.
+            around each point. Points more than a pixel outside the map count as 0, others outside
+            are moved to its edge.
         """
         points = self.output_size * self.sampling_ratio
         bin_size = self._sides(start, end) / points

@@ -6,23 +6,19 @@ from keras_fpn.boxes import box_area
 
 
 def assign_levels(
-    boxes,
-    min_level: int = 2,
-    max_level: int = 5,
-    canonical_level: int = 4,
-    canonical_size: float = 224.0,
+    boxes, min_level: int, max_level: int, canonical_level: int, canonical_size: float
 ):
-    """k = floor(k0 + log2(sqrt(w * h) / 224)), kept within the levels there are.
+    """k = floor(k0 + log2(sqrt(w * h) / 224)), clamped to the levels of the pyramid.
 
     Args:
         boxes: `[..., 4]` xyxy pixels.
         min_level: the finest level.
         max_level: the coarsest level.
         canonical_level: k0, the level of a region of `canonical_size`.
-        canonical_size: side in pixels, that of ImageNet pre-training.
+        canonical_size: side in pixels; 224 in the paper, that of ImageNet pre-training.
 
     Returns:
-        `[...]` int32 levels. Empty boxes get the finest.
+        `[...]` int32 levels. Empty boxes get the finest level.
     """
     size = ops.sqrt(ops.maximum(box_area(boxes), 1e-6))
     # The 1e-6 keeps exact powers of two on their level where log2 rounds down.

@@ -1,4 +1,4 @@
-"""The mini-batch of candidates that the losses of an image look at."""
+"""Sampling of the candidates that the losses are computed on."""
 
 import keras
 from keras import ops
@@ -14,22 +14,22 @@ def draw_samples(
     positive_fraction: float,
     seed: keras.random.SeedGenerator | int,
 ) -> tuple:
-    """Draws candidates at random, of which at most a share is positive.
+    """Samples candidates at random, with at most a given fraction of positives.
 
-    Positives beyond the share are left out; where there are fewer, negatives fill the place
-    (Faster R-CNN, section 3.1.3; Fast R-CNN, section 2.3).
+    If there are fewer positives, negatives take their place (Faster R-CNN, section 3.1.3; Fast
+    R-CNN, section 2.3).
 
     Args:
         is_positive: `[B, N]` bool.
         is_negative: `[B, N]` bool; a candidate that is neither is never drawn.
-        num_samples: candidates an image.
-        positive_fraction: the largest share of positives.
-        seed: generator of the draws, or a number for the same draws each time.
+        num_samples: samples per image.
+        positive_fraction: largest fraction of positives.
+        seed: seed generator, or an integer for the same samples at every call.
 
     Returns:
         `(indices, positive, sampled)`, each `[B, num_samples]`: indices into N, positives first;
-        whether a row is a positive; whether it is a sample at all (too few candidates leave rows
-        empty).
+        whether a row is positive; whether it is a sample, which the last rows are not if there are
+        too few candidates.
     """
     absent = -float("inf")
     noise = _noise(*ops.shape(is_positive), seed)

@@ -1,6 +1,4 @@
-"""What the RPN and the box head should have predicted: matching, sampling, encoding."""
-
-from collections.abc import Sequence
+"""Training targets of the RPN and the box head: matching, sampling, encoding."""
 
 import keras
 from keras import ops
@@ -9,16 +7,17 @@ from keras_fpn.boxes import encode_deltas
 from keras_fpn.matcher import match
 from keras_fpn.ranking import take_rows
 from keras_fpn.sampler import draw_samples
+from keras_fpn.validation import check_fraction, check_int
 
 
 class _SamplingLayer(keras.layers.Layer):
-    """A layer whose random draws go on where they were when its model is saved and loaded."""
+    """A layer that samples; the state of its random generator is saved with the model."""
 
     def __init__(self, num_samples, positive_fraction, seed, **kwargs):
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
-        self.num_samples = num_samples
-        self.positive_fraction = positive_fraction
+        self.num_samples = check_int("num_samples", num_samples)
+        self.positive_fraction = check_fraction("positive_fraction", positive_fraction)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
@@ -41,16 +40,19 @@ class _SamplingLayer(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("keras_fpn")
 class RPNTargets(_SamplingLayer):
-    """Samples anchors and gives what the RPN is to say about them (FPN, section 4.1).
+    """Samples anchors and computes their targets (FPN, section 4.1).
 
     Args:
-        positive_iou: an anchor is positive from this overlap with an object on, and so are the
-            best anchors of every object.
-        negative_iou: an anchor is negative under this overlap with every object.
-        num_samples: anchors an image.
-        positive_fraction: the largest share of positives among them.
-        delta_weights: what (dx, dy, dw, dh) are multiplied by.
-        seed: of the sampling; None for a random one.
+        positive_iou: anchors are positive if their IoU with an object is at least this; so are the
+            best anchors of every object. Defaults to 0.7.
+        negative_iou: anchors are negative if their IoU with every object is below this. Defaults
+            to 0.3.
+        num_samples: anchors per image. Defaults to 256.
+        positive_fraction: largest fraction of positives among them. Defaults to 0.5.
+        seed: seed of the sampling. Defaults to None, a random one.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     def __init__(
@@ -59,23 +61,27 @@ class RPNTargets(_SamplingLayer):
         negative_iou: float = 0.3,
         num_samples: int = 256,
         positive_fraction: float = 0.5,
-        delta_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
         seed: int | None = None,
         **kwargs,
     ):
         super().__init__(num_samples, positive_fraction, seed, **kwargs)
-        self.positive_iou = positive_iou
-        self.negative_iou = negative_iou
-        self.delta_weights = tuple(delta_weights)
+        self.positive_iou = check_fraction("positive_iou", positive_iou)
+        self.negative_iou = check_fraction("negative_iou", negative_iou)
+        if negative_iou > positive_iou:
+            raise ValueError(
+                f"`negative_iou` must be at most `positive_iou`; received {negative_iou} and "
+                f"{positive_iou}."
+            )
 
-    def call(self, anchors, boxes, is_object, training=True) -> dict:
-        """Targets of sampled anchors.
+    def call(self, anchors, boxes, is_object, delta_weights, training=True) -> dict:
+        """Returns the targets of sampled anchors.
 
         Args:
             anchors: `[N, 4]` of all levels, xyxy pixels.
             boxes: `[B, G, 4]` ground truth; zeros where `is_object` is false.
             is_object: `[B, G]` bool.
-            training: whether to draw anew each time; validation draws the same each time.
+            delta_weights: weights of (dx, dy, dw, dh), those of the `ProposalGenerator`.
+            training: whether to draw new samples at every call; validation draws the same ones.
 
         Returns:
             `{"indices": [B, S], "positive": [B, S], "sampled": [B, S], "deltas": [B, S, 4]}`:
@@ -102,7 +108,7 @@ class RPNTargets(_SamplingLayer):
             "indices": indices,
             "positive": positive,
             "sampled": sampled,
-            "deltas": encode_deltas(sampled_boxes, sampled_anchors, self.delta_weights),
+            "deltas": encode_deltas(sampled_boxes, sampled_anchors, delta_weights),
         }
 
     def get_config(self):
@@ -110,24 +116,25 @@ class RPNTargets(_SamplingLayer):
         config.update(
             positive_iou=self.positive_iou,
             negative_iou=self.negative_iou,
-            delta_weights=self.delta_weights,
         )
         return config
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
 class RoITargets(_SamplingLayer):
-    """Samples regions for the box head and says what they are (Fast R-CNN, section 2.3).
+    """Samples regions for the box head and computes their targets (Fast R-CNN, section 2.3).
 
     The ground truth is added to the proposals, so that there are positives from the first step on.
 
     Args:
-        positive_iou: a region belongs to the object it overlaps most from this IoU on, and to the
-            background under it.
-        num_samples: regions an image.
-        positive_fraction: the largest share of positives among them.
-        delta_weights: what (dx, dy, dw, dh) are multiplied by.
-        seed: of the sampling; None for a random one.
+        positive_iou: regions are positive if their largest IoU with an object is at least this,
+            and background otherwise. Defaults to 0.5.
+        num_samples: regions per image. Defaults to 512.
+        positive_fraction: largest fraction of positives among them. Defaults to 0.25.
+        seed: seed of the sampling. Defaults to None, a random one.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     def __init__(
@@ -135,16 +142,16 @@ class RoITargets(_SamplingLayer):
         positive_iou: float = 0.5,
         num_samples: int = 512,
         positive_fraction: float = 0.25,
-        delta_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
         seed: int | None = None,
         **kwargs,
     ):
         super().__init__(num_samples, positive_fraction, seed, **kwargs)
-        self.positive_iou = positive_iou
-        self.delta_weights = tuple(delta_weights)
+        self.positive_iou = check_fraction("positive_iou", positive_iou)
 
-    def call(self, proposals, scores, boxes, labels, is_object, training=True) -> dict:
-        """Targets of sampled regions.
+    def call(
+        self, proposals, scores, boxes, labels, is_object, delta_weights, training=True
+    ) -> dict:
+        """Returns the targets of sampled regions.
 
         Args:
             proposals: `[B, P, 4]` xyxy pixels.
@@ -152,7 +159,8 @@ class RoITargets(_SamplingLayer):
             boxes: `[B, G, 4]` ground truth; zeros where `is_object` is false.
             labels: `[B, G]` int32.
             is_object: `[B, G]` bool.
-            training: whether to draw anew each time; validation draws the same each time.
+            delta_weights: weights of (dx, dy, dw, dh), those of the `DetectionGenerator`.
+            training: whether to draw new samples at every call; validation draws the same ones.
 
         Returns:
             `{"regions": [B, S, 4], "labels": [B, S], "positive": [B, S], "sampled": [B, S],
@@ -182,13 +190,10 @@ class RoITargets(_SamplingLayer):
             "labels": ops.where(positive, take_rows(labels, objects), -1),
             "positive": positive,
             "sampled": sampled,
-            "deltas": encode_deltas(take_rows(boxes, objects), regions, self.delta_weights),
+            "deltas": encode_deltas(take_rows(boxes, objects), regions, delta_weights),
         }
 
     def get_config(self):
         config = super().get_config()
-        config.update(
-            positive_iou=self.positive_iou,
-            delta_weights=self.delta_weights,
-        )
+        config.update(positive_iou=self.positive_iou)
         return config

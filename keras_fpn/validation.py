@@ -1,9 +1,68 @@
-"""Checks of what a user hands over: one sentence says what came and what is wanted."""
+"""Checks of user input; each error is one sentence with what was received and what was expected."""
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable
 
 import keras
 import numpy as np
 
 from keras_fpn.boxes import convert_boxes
+
+
+def check_int(argument: str, value, minimum: int = 1) -> int:
+    """Returns an integer argument as an `int`; NumPy integers count, booleans do not.
+
+    Raises:
+        ValueError: if `value` is not an integer, or is below `minimum`.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"`{argument}` must be an integer >= {minimum}; received {value!r}.")
+    return int(value)
+
+
+def check_fraction(argument: str, value) -> float:
+    """Returns an argument in 0..1 as a `float`.
+
+    Raises:
+        ValueError: if `value` is not a number in 0..1.
+    """
+    if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+        raise ValueError(f"`{argument}` must be in 0..1; received {value!r}.")
+    return float(value)
+
+
+def check_non_negative(argument: str, value) -> float:
+    """Returns a finite argument of at least 0 as a `float`.
+
+    Raises:
+        ValueError: if `value` is not such a number.
+    """
+    if not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+        raise ValueError(f"`{argument}` must be a finite number >= 0; received {value!r}.")
+    return float(value)
+
+
+def check_choice(argument: str, value, choices: Iterable[str]) -> str:
+    """Returns an argument that is one of several strings.
+
+    Raises:
+        ValueError: for any other value; the message names the nearest choice.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(
+            f"`{argument}` must be one of {', '.join(map(repr, choices))}; received "
+            f"{value!r}{did_you_mean(value, choices)}"
+        )
+    return value
+
+
+def did_you_mean(name, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: the nearest known one, if any is near."""
+    nearest = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else "."
 
 
 def check_images(inputs, image_shape=(None, None, 3)) -> tuple:

@@ -26,7 +26,7 @@ def detectron2_variables(model: keras.Model) -> dict[str, keras.Variable]:
                 layers[f"{theirs}.conv{i}"] = f"{ours}_conv{i}"
                 layers[f"{theirs}.conv{i}.norm"] = f"{ours}_norm{i}"
     layers = {f"backbone.bottom_up.{name}": layer(ours) for name, ours in layers.items()}
-    pyramid, rpn, head = model.feature_pyramid, model.rpn_head, model.box_head
+    pyramid, rpn, head = model.pyramid, model.rpn_head, model.box_head
     for level in range(2, 6):
         layers[f"backbone.fpn_lateral{level}"] = pyramid.laterals[f"C{level}"]
         layers[f"backbone.fpn_output{level}"] = pyramid.outputs[f"C{level}"]

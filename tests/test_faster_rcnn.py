@@ -251,7 +251,7 @@ def test_mixed_precision_keeps_boxes_and_losses_in_float32(images, targets):
         model = small_detector()
     finally:
         keras.config.set_dtype_policy("float32")
-    assert model.feature_pyramid.compute_dtype == "bfloat16"
+    assert model.pyramid.compute_dtype == "bfloat16"
     detections = model(images)
     assert keras.backend.standardize_dtype(detections["boxes"].dtype) == "float32"
     losses = model.compute_losses(images, targets)

@@ -113,11 +113,11 @@ def detector_from_file(config, folder, **numbers):
 def run_stages(model, inputs, proposal_generator, detection_generator, their_proposals):
     """What every stage makes of `inputs`, and the pooled regions of the reference's proposals."""
     sizes = inputs["image_sizes"]
-    normalized = model.image_normalizer(inputs["images"], sizes)
+    normalized = model.preprocessing(inputs["images"], sizes)
     maps = model.backbone(normalized)
-    pyramid = model.feature_pyramid(maps)
+    pyramid = model.pyramid(maps)
     objectness, deltas = model.rpn_head(pyramid)
-    anchors = model.anchor_generator(normalized, pyramid)
+    anchors = model.anchors(normalized, pyramid)
     proposals, scores = proposal_generator(objectness, deltas, anchors, sizes)
     pooled_levels = {level: pyramid[level] for level in LEVELS[:-1]}
     pooled = model.roi_pooling(pooled_levels, proposals)
@@ -162,7 +162,7 @@ def case(request, tmp_path_factory):
             rpn_pre_nms=numbers.get("rpn_pre_nms_top_n_test") or case.config["rpn_pre_nms"],
             rpn_post_nms=numbers.get("rpn_post_nms_top_n_test") or case.config["rpn_post_nms"],
         )
-        generators = model.proposal_generator, model.detection_generator
+        generators = model.proposals, model.detections
     else:
         if case.config["backbone"] == "resnet18":
             model = request.getfixturevalue("resnet18")
@@ -340,11 +340,11 @@ class TestTraining:
     def test_proposals(self, training_case):
         case, model = training_case, training_case.model
         sizes = case.inputs["image_sizes"]
-        normalized = model.image_normalizer(case.inputs["images"], sizes)
-        pyramid = model.feature_pyramid(model.backbone(normalized))
-        anchors = model.anchor_generator(normalized, pyramid)
+        normalized = model.preprocessing(case.inputs["images"], sizes)
+        pyramid = model.pyramid(model.backbone(normalized))
+        anchors = model.anchors(normalized, pyramid)
         objectness, deltas = model.rpn_head(pyramid)
-        ours = model.proposal_generator(objectness, deltas, anchors, sizes, training=True)
+        ours = model.proposals(objectness, deltas, anchors, sizes, training=True)
         for i, (boxes, scores) in enumerate(zip(*map(convert_to_numpy, ours), strict=True)):
             no_labels = np.zeros(len(boxes))
             theirs = case.stored[f"proposals_{i}"], case.stored[f"proposal_scores_{i}"]
@@ -356,7 +356,7 @@ class TestTraining:
         maps = {
             level: np.zeros((1, *stored[f"objectness_{level}"].shape[1:3], 1)) for level in LEVELS
         }
-        anchors = case.model.anchor_generator(np.zeros((1, height, width, 3)), maps)
+        anchors = case.model.anchors(np.zeros((1, height, width, 3)), maps)
         anchors = np.concatenate([convert_to_numpy(anchors[level]) for level in LEVELS])
         targets = case.model.rpn_targets(anchors, case.targets["boxes"], case.is_object)
         targets = {name: convert_to_numpy(value) for name, value in targets.items()}

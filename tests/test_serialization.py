@@ -101,7 +101,7 @@ def test_a_layer_is_rebuilt_from_its_configuration(layer, arguments):
     keras.tree.map_structure(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("stage", ["feature_pyramid", "rpn_head", "box_head"])
+@pytest.mark.parametrize("stage", ["pyramid", "rpn_head", "box_head"])
 def test_a_frozen_stage_stays_frozen(detector, stage):
     config = detector.get_config()
     config[stage]["config"]["trainable"] = False

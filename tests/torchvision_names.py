@@ -25,7 +25,7 @@ def torchvision_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
                 body[f"{theirs}.downsample.0"] = layer(f"{ours}_shortcut_conv")
                 body[f"{theirs}.downsample.1"] = layer(f"{ours}_shortcut_norm")
     layers = {f"backbone.body.{name}": layer for name, layer in body.items()}
-    pyramid, rpn, head = model.feature_pyramid, model.rpn_head, model.box_head
+    pyramid, rpn, head = model.pyramid, model.rpn_head, model.box_head
     for blocks, convolutions, norms in (
         ("inner_blocks", pyramid.laterals, pyramid.lateral_norms),
         ("layer_blocks", pyramid.outputs, pyramid.output_norms),

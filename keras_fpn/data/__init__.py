@@ -1,0 +1,43 @@
+"""Detection data sets, the input pipeline, COCO's metrics and drawing.
+
+    from keras_fpn.data import load_dataset, steps_per_epoch, training_batches
+
+    dataset = load_dataset("path/to/coco", "train2017")
+    batches = training_batches(dataset, batch_size=2)
+    model.fit(batches, steps_per_epoch=steps_per_epoch(dataset, 2), epochs=12)
+
+A folder in COCO's layout needs only TensorFlow; TensorFlow Datasets, COCO's metrics and drawing
+need packages of the `training` extra. A module, and TensorFlow with it, is imported when one of its
+names is first used.
+"""
+
+import importlib
+from typing import Any
+
+_MODULE_OF = {
+    "COCO_CLASS_NAMES": "coco_classes",
+    "COCO_METRICS": "coco_metrics",
+    "CocoEvaluation": "coco_metrics",
+    "DetectionDataset": "datasets",
+    "GeometricTransform": "transforms",
+    "SkipReport": "skip_report",
+    "coco_evaluation": "coco_metrics",
+    "coco_results": "coco_metrics",
+    "draw_detections": "drawing",
+    "evaluation_batches": "pipeline",
+    "load_dataset": "datasets",
+    "read_image": "image_files",
+    "steps_per_epoch": "pipeline",
+    "training_batches": "pipeline",
+}
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

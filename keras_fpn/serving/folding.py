@@ -1,80 +1,63 @@
-"""Batch norms folded into the convolutions before them: the same function with fewer steps."""
+"""Folding of batch norms into the convolutions before them: the same function with fewer steps."""
 
 import keras
 import numpy as np
 from keras.ops import convert_to_numpy
 
-from keras_fpn.faster_rcnn import FasterRCNN
-from keras_fpn.resnet import ResNet
+from keras_fpn.detector import Detector
 
-# These have constants for statistics in inference; group norm depends on the image.
+# In inference their statistics are constants; those of a group norm depend on the image.
 FOLDABLE = ("frozen_batch_norm", "batch_norm", "sync_batch_norm")
 
 
-def fold_normalization(model: FasterRCNN) -> FasterRCNN:
-    """A copy of a detector for inference, without the batch norms of its ResNet, pyramid and head.
+def fold_normalization(model: Detector) -> Detector:
+    """Returns a copy of a detector for inference, without its batch norms.
 
     `gamma * (W x - mean) / sqrt(variance + epsilon) + beta` is `W' x + b'` with
     `scale = gamma / sqrt(variance + epsilon)`, `W' = W * scale` and `b' = beta - mean * scale`,
-    which are made in float64. A backbone that is no `ResNet`, and group norms, are copied as they
-    are.
+    computed in float64. Stages that do not have a method `normalized_convolutions`, such as other
+    people's backbones, and group norms are copied as they are.
 
     Args:
-        model: a `FasterRCNN`; it is left unchanged.
+        model: the detector; it is left unchanged.
 
     Returns:
-        A `FasterRCNN` with the same detections up to rounding. Training it trains another function:
-        nothing of it is frozen.
+        A detector of the same class with the same detections up to rounding. It is not meant to
+        be trained: nothing in it is frozen.
     """
     config = model.get_config()
-    backbone, pyramid, head = model.backbone, model.feature_pyramid, model.box_head
-    folds_backbone = isinstance(backbone, ResNet) and backbone.normalization in FOLDABLE
-    folds_pyramid = pyramid.normalization in FOLDABLE
-    folds_head = head.normalization in FOLDABLE
-    if folds_backbone:
-        config["backbone"]["config"]["normalization"] = "folded"
-    if folds_pyramid:
-        config["feature_pyramid"]["config"]["normalization"] = None
-    if folds_head:
-        config["box_head"]["config"]["normalization"] = None
-    folded = FasterRCNN.from_config(config)
-
-    if folds_backbone:
-        for layer in folded.backbone.layers:
-            if layer.weights:
-                norm = backbone.get_layer(layer.name.replace("conv", "norm"))
-                _fold(backbone.get_layer(layer.name), norm, layer)
-    else:
-        folded.backbone.set_weights(backbone.get_weights())
-    if folds_pyramid:
-        ours = folded.feature_pyramid
-        for level in pyramid.laterals:
-            _fold(pyramid.laterals[level], pyramid.lateral_norms[level], ours.laterals[level])
-            _fold(pyramid.outputs[level], pyramid.output_norms[level], ours.outputs[level])
-    else:
-        folded.feature_pyramid.set_weights(pyramid.get_weights())
-    folded.rpn_head.set_weights(model.rpn_head.get_weights())
-    if folds_head:
-        for theirs, norm, ours in zip(
-            head.convolved, head.norms, folded.box_head.convolved, strict=True
-        ):
-            _fold(theirs, norm, ours)
-        for theirs, ours in zip(
-            [*head.hidden, *head.class_layers()],
-            [*folded.box_head.hidden, *folded.box_head.class_layers()],
-            strict=True,
-        ):
+    foldable = [
+        name
+        for name in model.stage_names
+        if hasattr(getattr(model, name), "normalized_convolutions")
+        and getattr(model, name).normalization in FOLDABLE
+    ]
+    for name in foldable:
+        config[name]["config"]["normalization"] = None
+    folded = type(model).from_config(config)
+    for name in model.stage_names:
+        theirs, ours = getattr(model, name), getattr(folded, name)
+        if name in foldable:
+            _fold_stage(theirs, ours)
+        else:
             ours.set_weights(theirs.get_weights())
-    else:
-        folded.box_head.set_weights(head.get_weights())
     return folded
 
 
-def _fold(convolution: keras.layers.Layer, norm: keras.layers.Layer, folded: keras.layers.Layer):
-    gamma, beta, mean, variance = (
-        convert_to_numpy(x).astype("float64")
-        for x in (norm.gamma, norm.beta, norm.moving_mean, norm.moving_variance)
-    )
-    scale = gamma / np.sqrt(variance + norm.epsilon)
-    kernel = convert_to_numpy(convolution.kernel).astype("float64") * scale
-    folded.set_weights([kernel, beta - mean * scale])
+def _fold_stage(stage: keras.layers.Layer, folded: keras.layers.Layer) -> None:
+    done = set()
+    for (convolution, norm), (target, _) in zip(
+        stage.normalized_convolutions(), folded.normalized_convolutions(), strict=True
+    ):
+        gamma, beta, mean, variance = (
+            convert_to_numpy(x).astype("float64")
+            for x in (norm.gamma, norm.beta, norm.moving_mean, norm.moving_variance)
+        )
+        scale = gamma / np.sqrt(variance + norm.epsilon)
+        kernel = convert_to_numpy(convolution.kernel).astype("float64") * scale
+        target.set_weights([kernel, beta - mean * scale])
+        done.update(map(id, target.weights))
+    weights = {variable.path: variable for variable in stage.weights}
+    for variable in folded.weights:
+        if id(variable) not in done:
+            variable.assign(weights[variable.path])

@@ -15,8 +15,6 @@ import numpy as np
 from keras_fpn.faster_rcnn import FasterRCNN
 from keras_fpn.serving.folding import fold_normalization
 
-# What pixels pass through, and so what bfloat16 applies to; boxes stay float32.
-_FEATURE_STAGES = ("backbone", "feature_pyramid", "rpn_head", "roi_pooling", "box_head")
 _PARALLEL_IMAGES = 8  # Images of a request that are decoded at a time.
 _WARM_UP_IMAGE = (60, 80)  # Height and width, in the most frequent ratio of a camera's edges.
 _BATCHING_PARAMETERS = """\
@@ -154,9 +152,9 @@ def _inference_copy(model: FasterRCNN, precision: str) -> FasterRCNN:
     """
     folded = fold_normalization(model)
     config = folded.get_config()
-    config["detection_generator"]["config"]["bounding_box_format"] = "rel_yxyx"
+    config["detections"]["config"]["bounding_box_format"] = "rel_yxyx"
     policy = keras.dtype_policies.serialize(keras.DTypePolicy(precision))
-    for stage in _FEATURE_STAGES:
+    for stage in set(model.feature_stages) & set(model.stage_names):
         config[stage] = _with_policy(config[stage], policy)
     copy = FasterRCNN.from_config(config)
     copy.set_weights(folded.get_weights())
@@ -217,7 +215,7 @@ def _signatures(
     def answer(images, image_sizes):
         """The outputs of a batch of resized images."""
         boxes, scores, labels, count = detect(images, image_sizes)
-        rows = model.detection_generator.max_detections
+        rows = model.detections.max_detections
         outputs = {
             "detection_boxes": tf.ensure_shape(boxes, [None, rows, 4]),
             "detection_scores": tf.ensure_shape(scores, [None, rows]),

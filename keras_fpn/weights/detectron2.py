@@ -1,6 +1,5 @@
 """Detectron2's Faster R-CNN and RPN on ResNet-FPN, by its names and its conventions."""
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -33,20 +32,24 @@ def is_detectron2(arrays: Mapping[str, np.ndarray]) -> bool:
     return f"{RPN_HEAD}.objectness_logits.weight" in arrays
 
 
-def detectron2_architecture(arrays: Mapping[str, np.ndarray]) -> dict:
-    """The arguments of `build_fpn_faster_rcnn` that give what Detectron2 computes.
+def detectron2_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int | None, dict]:
+    """Returns what the arrays of a model say of its make, and Detectron2's own defaults.
 
-    What no array tells follows its model zoo: ResNets stride in the 1x1 and read pixels of
-    deviation 1, ResNeXts stride in the 3x3 and read pixels divided by their deviation.
+    What no array tells follows its model zoo: ResNets stride in the 1x1 and read pixels with a
+    standard deviation of 1, ResNeXts stride in the 3x3 and read pixels divided by theirs.
+
+    Returns:
+        `(backbone, num_classes, stages)`: the name of the ResNet, the number of classes (None for
+        an RPN alone), and stage name to arguments.
 
     Raises:
-        ValueError: where they are no model on a ResNet with a feature pyramid.
+        ValueError: if they are not those of a model on a ResNet with a feature pyramid.
     """
     lateral = arrays.get("backbone.fpn_lateral2.weight")
     if lateral is None or np.ndim(lateral) != 4:
         raise ValueError(
-            "Of Detectron2's models, those on a ResNet with a feature pyramid from stride 4 on are "
-            "read; these weights have no backbone.fpn_lateral2."
+            "Expected a Detectron2 model on a ResNet with a feature pyramid from stride 4; these "
+            "weights have no backbone.fpn_lateral2."
         )
     blocks = tuple(
         count_names(arrays, rf"backbone\.bottom_up\.res{stage}\.\d+\.conv1\.weight")
@@ -58,46 +61,51 @@ def detectron2_architecture(arrays: Mapping[str, np.ndarray]) -> dict:
         np.shape(arrays.get(f"{BOTTOM_UP}res2.0.conv2.weight")),
     )
     grouped = backbone.startswith("resnext")
-    architecture = {
-        "backbone": backbone,
-        "normalization": normalization_kind(arrays, f"{BOTTOM_UP}stem.conv1.norm"),
-        "stride_in_1x1": not grouped and int(backbone.removeprefix("resnet")) >= 50,
-        "channel_order": "bgr",
-        "pixel_std": (58.395, 57.12, 57.375) if grouped else (1.0, 1.0, 1.0),
-        "pyramid_channels": lateral.shape[0],
-        "pyramid_normalization": normalization_kind(arrays, "backbone.fpn_lateral2.norm"),
-        "rpn_hidden_layers": len(_rpn_convolutions(arrays)),
-        "round_anchors": False,
-        "anchor_strides": (4, 8, 16, 32, 64),
-        "rpn_training_post_nms": 1000,
-        # Any box with an area stays, however small.
-        "rpn_min_size": 1e-12,
-        "min_detection_size": 0.0,
-        "max_log_scale": math.log(1000.0 / 16),
-        "roi_aligned": True,
-        "roi_sampling_ratio": None,
-        "smooth_l1_beta": 0.0,
-    }
+    preprocessing = {"channel_order": "bgr"}
+    if not grouped:
+        preprocessing["std"] = (1.0, 1.0, 1.0)
+    for argument in ("mean", "std"):
+        pixel = arrays.get(f"pixel_{argument}", ())
+        if np.size(pixel) == 3:
+            preprocessing[argument] = tuple(float(x) for x in np.ravel(pixel)[::-1])
     for level in range(5):
         cell = arrays.get(f"proposal_generator.anchor_generator.cell_anchors.{level}")
         if cell is not None:
             _check_anchors(np.asarray(cell), 32 * 2**level)
-    for buffer in ("pixel_mean", "pixel_std"):
-        if np.size(arrays.get(buffer, ())) == 3:
-            architecture[buffer] = tuple(float(x) for x in np.ravel(arrays[buffer])[::-1])
-    if f"{PREDICTOR}.cls_score.bias" in arrays:
-        hidden = arrays.get(f"{BOX_HEAD}.fc1.weight")
-        if hidden is None or np.ndim(hidden) != 2:
-            raise ValueError("The box head of these weights has no fully connected hidden layer.")
-        architecture |= {
-            "num_classes": len(arrays[f"{PREDICTOR}.cls_score.bias"]) - 1,
-            "head_convolutions": count_names(arrays, r"roi_heads\.box_head\.conv\d+\.weight"),
-            "head_normalization": normalization_kind(arrays, f"{BOX_HEAD}.conv1.norm"),
-            "head_hidden_layers": count_names(arrays, r"roi_heads\.box_head\.fc\d+\.weight"),
-            "head_hidden_dim": hidden.shape[0],
-            "roi_output_size": round((hidden.shape[1] / lateral.shape[0]) ** 0.5),
-        }
-    return architecture
+    stages = {
+        "preprocessing": preprocessing,
+        "resnet": {
+            "normalization": normalization_kind(arrays, f"{BOTTOM_UP}stem.conv1.norm"),
+            "stride_in_1x1": not grouped and int(backbone.removeprefix("resnet")) >= 50,
+        },
+        "pyramid": {
+            "channels": lateral.shape[0],
+            "normalization": normalization_kind(arrays, "backbone.fpn_lateral2.norm"),
+        },
+        "rpn_head": {"hidden_layers": len(_rpn_convolutions(arrays))},
+        "anchors": {"rounded": False, "strides": (4, 8, 16, 32, 64)},
+        # Any box with an area is kept, however small.
+        "proposals": {"training_post_nms": 1000, "min_size": 1e-12},
+        "detections": {"min_size": 0.0},
+        "roi_pooling": {"aligned": True, "sampling_ratio": None},
+        "rpn_loss": {"smooth_l1_beta": 0.0},
+        "roi_loss": {"smooth_l1_beta": 0.0},
+    }
+    if f"{PREDICTOR}.cls_score.bias" not in arrays:
+        return backbone, None, stages
+    hidden = arrays.get(f"{BOX_HEAD}.fc1.weight")
+    if hidden is None or np.ndim(hidden) != 2:
+        raise ValueError(
+            "Expected a box head with fully connected hidden layers; these weights have none."
+        )
+    stages["roi_pooling"]["output_size"] = round((hidden.shape[1] / lateral.shape[0]) ** 0.5)
+    stages["box_head"] = {
+        "convolutions": count_names(arrays, r"roi_heads\.box_head\.conv\d+\.weight"),
+        "normalization": normalization_kind(arrays, f"{BOX_HEAD}.conv1.norm"),
+        "hidden_layers": count_names(arrays, r"roi_heads\.box_head\.fc\d+\.weight"),
+        "hidden_dim": hidden.shape[0],
+    }
+    return backbone, len(arrays[f"{PREDICTOR}.cls_score.bias"]) - 1, stages
 
 
 def load_detectron2_arrays(
@@ -115,7 +123,7 @@ def load_detectron2_arrays(
             nothing of the model has changed then.
     """
     arrays = {k: v for k, v in arrays.items() if not re.fullmatch(BUFFERS, k)}
-    pyramid, head = model.feature_pyramid, model.box_head
+    pyramid, head = model.pyramid, model.box_head
     plan = _backbone_plan(model.backbone)
     for level in pyramid.laterals:
         for name, layers, norms in (

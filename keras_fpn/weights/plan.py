@@ -1,4 +1,4 @@
-"""How arrays of a file become variables of a model: a plan, carried out whole or not at all."""
+"""Plans that assign arrays of a file to variables of a model, all of them or none."""
 
 import os
 import re
@@ -23,11 +23,18 @@ class Entry(NamedTuple):
     convert: Callable[[np.ndarray], np.ndarray]
 
 
-def convolution(name: str, layer: keras.layers.Layer) -> list[Entry]:
-    """The entries of a convolution, `[out, in, height, width]` in the file."""
-    plan = [Entry(f"{name}.weight", layer.kernel, lambda x: x.transpose(2, 3, 1, 0))]
+def convolution(
+    name: str, layer: keras.layers.Layer, order: Sequence[int] | None = None
+) -> list[Entry]:
+    """Returns the entries of a convolution, `[out, in, height, width]` in the file.
+
+    Args:
+        order: for each output, its index in the file. Defaults to None, the same order.
+    """
+    outputs = slice(None) if order is None else order
+    plan = [Entry(f"{name}.weight", layer.kernel, lambda x: x[outputs].transpose(2, 3, 1, 0))]
     if layer.use_bias:
-        plan.append(Entry(f"{name}.bias", layer.bias, lambda x: x))
+        plan.append(Entry(f"{name}.bias", layer.bias, lambda x: x[outputs]))
     return plan
 
 

@@ -1,4 +1,4 @@
-"""What `weights=` may be: a published name, or a file of any known kind."""
+"""`weights=`: published weights by name, or a file in any known format."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import keras
@@ -31,46 +31,54 @@ from keras_fpn.weights.torchvision import (
 
 
 class Pretrained(NamedTuple):
-    """A trained detector's file: how a model for it is built, and how it is loaded.
+    """Weights of a trained detector: how its model is built, and how they are loaded.
 
     Attributes:
-        arguments: of `build_fpn_faster_rcnn`, where the file decides them.
-        model: the detector that a `.keras` file holds, which decides all arguments; else None.
-        num_classes: that the box head was trained for; None where there is no box head.
-        class_names: number of classes to the names that go with it, where they are known.
-        load: takes the model and whether to load its class-dependent layers too.
+        backbone: name of its ResNet, or its backbone model; None if the file does not tell.
+        stages: name in `keras_fpn.builder.STAGES` to a stage or its arguments, as far as the file
+            tells or its authors' defaults differ.
+        num_classes: number of classes that the box head was trained for; None without a box head.
+        default_classes: number of classes of a model for it unless another is asked for.
+        class_names: number of classes to their names, where known.
+        image_shape: of the model; None if the file does not tell.
+        load: loads the weights into a model; its second argument is whether to load the layers
+            that depend on the classes.
     """
 
-    arguments: dict
-    model: FasterRCNN | None
+    backbone: str | keras.Model | None
+    stages: dict[str, Any]
     num_classes: int | None
+    default_classes: int
     class_names: dict[int, tuple[str, ...]]
     load: Callable[[FasterRCNN, bool], None]
+    image_shape: tuple[int | None, ...] | None = None
 
 
 def open_detector(weights: str | os.PathLike) -> Pretrained:
-    """Finds, checks and reads a trained detector.
+    """Finds, checks and reads the weights of a trained detector.
 
     Args:
-        weights: a name in `DETECTORS`, or a file: `.keras`, `.weights.h5`, a state dict of
-            torchvision or Detectron2 (`.pth`, `.pkl`, `.npz`). What it is is read from the file.
+        weights: a name in `DETECTORS`, or a file: `.keras`, `.weights.h5`, or a state dict of
+            torchvision or Detectron2 (`.pth`, `.pkl`, `.npz`). The format is detected from the
+            file's contents.
 
     Raises:
-        FileNotFoundError: where there is neither such a name nor such a file.
-        ConnectionError: where the name's file cannot be fetched.
-        ValueError: where the file is no trained detector.
+        FileNotFoundError: if there is neither such a name nor such a file.
+        IsADirectoryError: if it is a folder.
+        ConnectionError: if published weights cannot be downloaded.
+        ValueError: if the file does not hold a trained detector.
     """
     url = DETECTORS.get(os.fspath(weights))
     path = Path(weights) if url is None else fetch(os.fspath(weights), url)
     if path.is_dir():
         raise IsADirectoryError(
-            f"`weights` is a file; {os.fspath(weights)!r} is a folder (a run's best model is "
-            "checkpoints/best.keras in it)."
+            f"`weights` must be a file; received the folder {os.fspath(weights)!r} (the best model "
+            "of a run is its checkpoints/best.keras)."
         )
     if not path.is_file():
         raise FileNotFoundError(
-            f"`weights` is {' or '.join(map(repr, DETECTORS))} or a file; there is none at "
-            f"{os.fspath(weights)!r}."
+            f"`weights` must be {' or '.join(map(repr, DETECTORS))} or a file; received "
+            f"{os.fspath(weights)!r}, which does not exist."
         )
     with path.open("rb") as file:
         beginning = file.read(8)
@@ -92,42 +100,44 @@ def open_detector(weights: str | os.PathLike) -> Pretrained:
 def _open_torchvision(arrays: Mapping[str, np.ndarray], url: str | None) -> Pretrained:
     """`url`: that of the published file which this is, or None."""
     arrays = torchvision_arrays(arrays)
-    arguments = torchvision_architecture(arrays)
-    arguments |= {"normalization": "frozen_batch_norm", "frozen_stages": 2}
-    num_classes = arguments["num_classes"]
+    backbone, num_classes, stages = torchvision_architecture(arrays)
+    stages["resnet"] = {"normalization": "frozen_batch_norm", "frozen_stages": 2}
     if url == DETECTORS["coco"]:
-        # It was trained so, with frozen norms; nothing in the file tells.
-        arguments["norm_epsilon"] = 0.0
-    class_names = {}
+        # It was trained with frozen norms of epsilon 0, which nothing in the file tells.
+        stages["resnet"]["norm_epsilon"] = 0.0
+    default_classes, class_names = num_classes, {}
     if url is not None:
-        # A label is then COCO's place among its 80 classes, as in every other data set of COCO.
-        arguments["num_classes"] = len(COCO_CLASS_NAMES)
+        # A label is then the index among COCO's 80 classes, as in every COCO data set.
+        default_classes = len(COCO_CLASS_NAMES)
         class_names = {len(names): names for names in (COCO_CLASS_NAMES, coco_names_by_id())}
-    return Pretrained(
-        arguments,
-        None,
-        num_classes,
-        class_names,
-        lambda model, classes: load_torchvision_arrays(model, arrays, with_classes=classes),
-    )
+
+    def load(model, with_classes):
+        load_torchvision_arrays(model, arrays, with_classes=with_classes)
+
+    return Pretrained(backbone, stages, num_classes, default_classes, class_names, load)
 
 
 def _open_detectron2(contents: Mapping, arrays: Mapping[str, np.ndarray]) -> Pretrained:
-    arguments = {"frozen_stages": 2, **detectron2_architecture(arrays)}
-    num_classes = arguments.get("num_classes")
-    # Its model zoo signs its files. 80 classes are COCO's there.
+    backbone, num_classes, stages = detectron2_architecture(arrays)
+    stages["resnet"].setdefault("frozen_stages", 2)
+    # Its model zoo signs its files; 80 classes are COCO's there.
     is_coco = "__author__" in contents and num_classes == len(COCO_CLASS_NAMES)
+
+    def load(model, with_classes):
+        load_detectron2_arrays(model, arrays, with_classes=with_classes)
+
     return Pretrained(
-        arguments,
-        None,
+        backbone,
+        stages,
         num_classes,
+        num_classes or len(COCO_CLASS_NAMES),
         {num_classes: COCO_CLASS_NAMES} if is_coco else {},
-        lambda model, classes: load_detectron2_arrays(model, arrays, with_classes=classes),
+        load,
     )
 
 
 def is_keras_file(path: Path) -> bool:
-    """Whether a file is a whole archive in Keras's own format."""
+    """Returns whether a file is a complete archive in Keras's own format."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -135,26 +145,30 @@ def is_keras_file(path: Path) -> bool:
 
 
 def load_keras_file(path: Path) -> FasterRCNN:
-    """The detector of a `.keras` file, whatever the file is called, ready for inference.
+    """Returns the detector in a `.keras` file, whatever its name is, ready for inference.
 
     Raises:
-        ValueError: where the file is damaged, or holds another model.
+        ValueError: if the file is damaged, or holds another model.
     """
     with _damage_is_named(path), _named(path, "model.keras") as named:
         model = keras.saving.load_model(named, compile=False)
     if not isinstance(model, FasterRCNN):
-        raise ValueError(f"{str(path)!r} holds a {type(model).__name__}, not a FasterRCNN.")
+        raise ValueError(
+            f"{str(path)!r} must hold a FasterRCNN; it holds a {type(model).__name__}."
+        )
     return model
 
 
 def _open_keras_file(path: Path) -> Pretrained:
     source = load_keras_file(path)
     return Pretrained(
-        {},
-        source,
+        source.backbone,
+        {name: getattr(source, name) for name in source.stage_names if name != "backbone"},
+        source.num_classes,
         source.num_classes,
         {source.num_classes: source.class_names} if source.class_names else {},
-        lambda model, classes: _copy_weights(source, model, classes),
+        lambda model, with_classes: _copy_weights(source, model, with_classes),
+        source.image_shape,
     )
 
 
@@ -170,7 +184,7 @@ def _open_h5(path: Path) -> Pretrained:
     with _damage_is_named(path), h5py.File(path) as file:
         file.visititems(visit)
     if len(num_classes) != 1:
-        raise ValueError(f"{str(path)!r} holds no weights of a FasterRCNN.")
+        raise ValueError(f"{str(path)!r} does not hold the weights of a FasterRCNN.")
 
     def load(model, with_classes):
         config = model.get_config()
@@ -178,10 +192,10 @@ def _open_h5(path: Path) -> Pretrained:
         config["class_names"] = None
         source = FasterRCNN.from_config(config)
         misfit = (
-            f"The weights of {str(path)!r} do not fit a model of these arguments; give those that "
-            "it was built with, or its .keras file."
+            f"The weights of {str(path)!r} do not fit a model with these arguments; pass those "
+            "that it was built with, or its .keras file."
         )
-        # Keras loads a part of what a file holds without a word.
+        # Keras silently loads a part of what a file holds.
         if len(arrays) != len(source.variables):
             raise ValueError(misfit)
         with _damage_is_named(path), _named(path, "model.weights.h5") as named:
@@ -191,26 +205,25 @@ def _open_h5(path: Path) -> Pretrained:
                 raise ValueError(misfit) from error
         _copy_weights(source, model, with_classes)
 
-    # The file tells nothing but weights: the builder's arguments say what they are for.
-    return Pretrained({}, None, num_classes[0], {}, load)
+    # The file holds nothing but weights: the builder's arguments say what model they are of.
+    return Pretrained(None, {}, num_classes[0], num_classes[0], {}, load)
 
 
 def _copy_weights(source: FasterRCNN, target: FasterRCNN, with_classes: bool) -> None:
-    for stage in ("backbone", "feature_pyramid", "rpn_head"):
-        getattr(target, stage).set_weights(getattr(source, stage).get_weights())
-    ours, theirs = target.box_head, source.box_head
-    for layer, of in zip(
-        ours.class_independent_layers(), theirs.class_independent_layers(), strict=True
-    ):
-        layer.set_weights(of.get_weights())
-    if with_classes:
-        for layer, of in zip(ours.class_layers(), theirs.class_layers(), strict=True):
+    for stage in source.stage_names:
+        theirs, ours = getattr(source, stage), getattr(target, stage)
+        if stage != "box_head" or with_classes:
+            ours.set_weights(theirs.get_weights())
+            continue
+        for layer, of in zip(
+            ours.class_independent_layers(), theirs.class_independent_layers(), strict=True
+        ):
             layer.set_weights(of.get_weights())
 
 
 @contextlib.contextmanager
 def _damage_is_named(path: Path) -> Iterator[None]:
-    """Errors of reading archives and HDF5 become one that names the file."""
+    """Turns errors of reading archives and HDF5 into one that names the file."""
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, KeyError, EOFError) as error:
@@ -219,7 +232,7 @@ def _damage_is_named(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _named(path: Path, name: str) -> Iterator[Path]:
-    """The file under a name that Keras recognises; Keras goes by names alone."""
+    """The file under a name that Keras recognizes; it goes by the name alone."""
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder) / name
         link.symlink_to(path.resolve())

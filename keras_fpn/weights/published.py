@@ -1,4 +1,4 @@
-"""Published weights: where they are, fetched once, checked, and kept in Keras's cache."""
+"""Published weights: downloaded once, verified, and kept in Keras's cache."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from keras_fpn.weights.checkpoints import read_checkpoint
 from keras_fpn.weights.plan import PUBLISHED
 
 TORCHVISION = "https://download.pytorch.org/models/"
-# The digits at the end of a name are the first of the file's SHA-256.
+# A file name ends in the first 8 hex digits of the file's SHA-256.
 DETECTORS = {
     "coco": TORCHVISION + "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
     "coco_v2": TORCHVISION + "fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth",
@@ -30,69 +30,74 @@ CLASSIFIERS = {
 
 
 def find_classifier(backbone: str, weights: str | os.PathLike) -> Path:
-    """The file of ImageNet weights for a backbone.
+    """Returns the path of a backbone's ImageNet weights, downloaded if necessary.
 
     Args:
         backbone: name of a ResNet.
-        weights: "imagenet" for torchvision's IMAGENET1K_V1, or a file.
+        weights: "imagenet" for torchvision's IMAGENET1K_V1, or the path of a file.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ConnectionError: where it cannot be fetched.
-        ValueError: where "imagenet" has none for this backbone.
+        FileNotFoundError: if there is no such file.
+        ConnectionError: if the download fails.
+        ValueError: if there are no published weights for this backbone.
     """
     if weights == "imagenet":
         if backbone not in CLASSIFIERS:
             raise ValueError(
-                f"backbone_weights='imagenet' is there for {', '.join(CLASSIFIERS)}; received "
-                f"backbone={backbone!r}."
+                f"`backbone_weights='imagenet'` is available for {', '.join(CLASSIFIERS)}; "
+                f"received backbone={backbone!r}."
             )
         return fetch(f"imagenet ({backbone})", CLASSIFIERS[backbone])
     if not os.path.isfile(weights):
         raise FileNotFoundError(
-            f"`backbone_weights` is 'imagenet' or a file; there is none at {os.fspath(weights)!r}."
+            "`backbone_weights` must be 'imagenet' or the path of a file; there is no file "
+            f"{os.fspath(weights)!r}."
         )
     return Path(weights)
 
 
 def fetch(what: str, url: str) -> Path:
-    """The arrays of a published file, in Keras's cache.
+    """Returns the path of a published file's arrays in Keras's cache.
 
-    The first time, the file is downloaded, held against the SHA-256 in its name, and kept as an
-    `.npz` file of the same arrays under the same names.
+    The first time, the file is downloaded, verified against the SHA-256 in its name, and converted
+    to an `.npz` file of the same arrays.
+
+    Args:
+        what: name of the weights, for errors.
+        url: URL of a `.pth` file.
 
     Raises:
-        ConnectionError: where it cannot be downloaded, or arrives damaged.
+        ConnectionError: if the download fails or is damaged.
     """
     name, digits = url.rsplit("/", 1)[1], first_digits(url)
     folder = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "keras_fpn"
     converted = folder / (name.removesuffix(".pth") + ".npz")
     if converted.exists() and _is_whole_npz(converted):
         return converted
-    wanted = f"weights {what!r} from {url}"
-    instead = "Give the path of that file instead if you have it."
+    weights = f"weights {what!r} from {url}"
+    hint = "Pass the path of that file instead if you have it."
     folder.mkdir(parents=True, exist_ok=True)
-    # A place of its own: other processes may be fetching the same file.
+    # A private folder: other processes may be downloading the same file.
     with tempfile.TemporaryDirectory(prefix="fetching-", dir=folder) as own:
         try:
             path = Path(keras.utils.get_file(name, url, cache_dir=own, cache_subdir="."))
-        except Exception as error:  # Keras raises a plain Exception where a download fails.
+        except Exception as error:  # Keras raises a plain Exception when a download fails.
             reason = str(error).rsplit(" -- ", 1)[-1]
-            raise ConnectionError(f"Could not fetch {wanted}: {reason}. {instead}") from error
+            raise ConnectionError(f"Could not download {weights}: {reason}. {hint}") from error
         if not sha256_of(path).startswith(digits):
             raise ConnectionError(
-                f"What arrived for {wanted} is damaged or incomplete: its SHA-256 does not begin "
-                f"with {digits}. {instead}"
+                f"The download of {weights} is damaged or incomplete: its SHA-256 does not begin "
+                f"with {digits}. {hint}"
             )
         arrays = {**read_checkpoint(path), PUBLISHED: np.uint32(int(digits, 16))}
-        # Renamed when it is written: a file of this name is whole.
+        # Written first, then renamed: a file of this name is complete.
         np.savez(Path(own) / "converted.npz", **arrays)
         os.replace(Path(own) / "converted.npz", converted)
     return converted
 
 
 def first_digits(url: str) -> str:
-    """The first digits of the file's SHA-256, as its name has them."""
+    """The leading digits of the file's SHA-256, from its name."""
     return url.removesuffix(".pth").rsplit("-", 1)[1]
 
 
@@ -105,5 +110,6 @@ def _is_whole_npz(path: Path) -> bool:
 
 
 def sha256_of(path: Path) -> str:
+    """The file's SHA-256 as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -60,35 +60,45 @@ def torchvision_arrays(state_dict: Mapping | str | os.PathLike) -> dict[str, np.
     return arrays
 
 
-def torchvision_architecture(arrays: Mapping[str, np.ndarray]) -> dict:
-    """The arguments of `build_fpn_faster_rcnn` that the arrays of a detector decide.
+def torchvision_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int, dict]:
+    """Returns what the arrays of a detector say of its make.
+
+    Returns:
+        `(backbone, num_classes, stages)`: the name of the ResNet, the number of classes without
+        the background, and stage name to arguments.
 
     Raises:
-        ValueError: where they are no Faster R-CNN on a ResNet of torchvision.
+        ValueError: if they are not those of torchvision's Faster R-CNN on a ResNet.
     """
     lateral = arrays.get("backbone.fpn.inner_blocks.0.0.weight")
     if lateral is None or np.ndim(lateral) != 4 or f"{PREDICTOR}.cls_score.bias" not in arrays:
         raise ValueError(
-            "These are not the weights of a torchvision Faster R-CNN with a feature pyramid"
-            + (": a classifier's are for `backbone_weights`." if "fc.weight" in arrays else ".")
+            "Expected the weights of a torchvision Faster R-CNN with a feature pyramid; received "
+            f"{len(arrays)} arrays without its names"
+            + (" (a classifier's are for `backbone_weights`)." if "fc.weight" in arrays else ".")
         )
     linear = _hidden_layers(arrays)
     hidden = arrays[f"{linear[0]}.weight"] if linear else None
     if hidden is None or np.ndim(hidden) != 2:
-        raise ValueError("The box head of these weights has no fully connected hidden layer.")
-    convolutions = count_names(arrays, r"roi_heads\.box_head\.\d+\.0\.weight")
-    return {
-        "num_classes": len(arrays[f"{PREDICTOR}.cls_score.bias"]) - 1,
-        "backbone": _backbone(arrays, "backbone.body."),
-        "pyramid_channels": lateral.shape[0],
-        "pyramid_normalization": normalization_kind(arrays, "backbone.fpn.inner_blocks.0.1"),
-        "rpn_hidden_layers": count_names(arrays, r"rpn\.head\.conv\.\d+\.0\.weight"),
-        "head_convolutions": convolutions,
-        "head_normalization": normalization_kind(arrays, "roi_heads.box_head.0.1"),
-        "head_hidden_layers": len(linear),
-        "head_hidden_dim": hidden.shape[0],
-        "roi_output_size": round((hidden.shape[1] / lateral.shape[0]) ** 0.5),
+        raise ValueError(
+            "Expected a box head with fully connected hidden layers; these weights have none."
+        )
+    stages = {
+        "pyramid": {
+            "channels": lateral.shape[0],
+            "normalization": normalization_kind(arrays, "backbone.fpn.inner_blocks.0.1"),
+        },
+        "rpn_head": {"hidden_layers": count_names(arrays, r"rpn\.head\.conv\.\d+\.0\.weight")},
+        "roi_pooling": {"output_size": round((hidden.shape[1] / lateral.shape[0]) ** 0.5)},
+        "box_head": {
+            "convolutions": count_names(arrays, r"roi_heads\.box_head\.\d+\.0\.weight"),
+            "normalization": normalization_kind(arrays, "roi_heads.box_head.0.1"),
+            "hidden_layers": len(linear),
+            "hidden_dim": hidden.shape[0],
+        },
     }
+    num_classes = len(arrays[f"{PREDICTOR}.cls_score.bias"]) - 1
+    return _backbone(arrays, "backbone.body."), num_classes, stages
 
 
 def load_torchvision_arrays(
@@ -103,7 +113,7 @@ def load_torchvision_arrays(
         As `load_torchvision_weights`.
     """
     plan = _backbone_plan(model.backbone, prefix="backbone.body.")
-    pyramid, head = model.feature_pyramid, model.box_head
+    pyramid, head = model.pyramid, model.box_head
     for index, level in enumerate(sorted(pyramid.laterals)):
         for blocks, layers, norms in (
             ("inner_blocks", pyramid.laterals, pyramid.lateral_norms),
@@ -115,8 +125,10 @@ def load_torchvision_arrays(
                 plan += normalization(f"{name}.1", norms[level])
     for index, layer in enumerate(model.rpn_head.hidden):
         plan += convolution(f"rpn.head.conv.{index}.0", layer)
-    plan += convolution("rpn.head.cls_logits", model.rpn_head.objectness)
-    plan += convolution("rpn.head.bbox_pred", model.rpn_head.deltas)
+    order = _anchor_order(model.anchors)
+    plan += convolution("rpn.head.cls_logits", model.rpn_head.objectness, order)
+    deltas_order = (4 * order[:, None] + np.arange(4)).ravel()
+    plan += convolution("rpn.head.bbox_pred", model.rpn_head.deltas, deltas_order)
     for index, layer in enumerate(head.convolved):
         plan += convolution(f"roi_heads.box_head.{index}.0", layer)
         if head.norms:
@@ -150,6 +162,13 @@ def load_backbone_weights(
     arrays = read_arrays(state_dict)
     arrays = {name: value for name, value in arrays.items() if name not in ("fc.weight", "fc.bias")}
     assign(_backbone_plan(backbone, prefix=""), arrays)
+
+
+def _anchor_order(anchors) -> np.ndarray:
+    """For each anchor of a location, its index at torchvision, where the size changes fastest."""
+    sizes = len(anchors.sizes[0])
+    ratios = anchors.anchors_per_location // sizes
+    return np.arange(sizes * ratios).reshape(ratios, sizes).T.ravel()
 
 
 def keeps_classes(checkpoint_classes: int, num_classes: int) -> bool:

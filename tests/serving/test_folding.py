@@ -41,9 +41,9 @@ def test_the_folded_detector_computes_the_same(model, images):
     np.testing.assert_allclose(ours["scores"], theirs["scores"], atol=1e-5)
     np.testing.assert_allclose(ours["boxes"], theirs["boxes"], atol=1e-2)
     normalized = np.random.RandomState(1).normal(size=(1, 64, 64, 3)).astype("float32")
-    for level, value in model.feature_pyramid(model.backbone(normalized)).items():
+    for level, value in model.pyramid(model.backbone(normalized)).items():
         value = convert_to_numpy(value)
-        found = convert_to_numpy(folded.feature_pyramid(folded.backbone(normalized))[level])
+        found = convert_to_numpy(folded.pyramid(folded.backbone(normalized))[level])
         np.testing.assert_allclose(found, value, atol=1e-5 * np.abs(value).max())
 
 

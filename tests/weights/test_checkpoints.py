@@ -1,4 +1,4 @@
-"""Weights are read as PyTorch, NumPy and pickle read them, and nothing of a file is run."""
+"""Weights files are read as PyTorch, NumPy and pickle read them, and never executed."""
 
 import contextlib
 import hashlib
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keras_fpn.weights import checkpoints
+from keras_fpn.weights import checkpoints, pickle_globals, pickles
 from keras_fpn.weights.checkpoints import read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is of a format without a checksum")
@@ -31,7 +31,7 @@ WHOLE_PICKLE = b"\x80\x02}."
 
 @pytest.fixture
 def read(tmp_path):
-    """Reads bytes as a file."""
+    """Writes bytes to a file and reads it."""
 
     def read(content: bytes, name: str = "weights.pth"):
         (tmp_path / name).write_bytes(content)
@@ -90,7 +90,7 @@ def tensor(
 
 @contextlib.contextmanager
 def memory_below(limit: int):
-    """Says so if more is ever taken inside."""
+    """Fails if more bytes are allocated inside at any time."""
     tracemalloc.start()
     try:
         yield
@@ -100,7 +100,7 @@ def memory_below(limit: int):
 
 
 def refusal(read, *arguments) -> str:
-    """What is said of a file that is not read: one sentence with its path."""
+    """Why a file is not read: one sentence that begins with its path."""
     with pytest.raises(ValueError, match=r"^'.*/[^/]+' .*\.$") as caught:
         read(*arguments)
     message = str(caught.value)
@@ -185,12 +185,12 @@ def test_every_version_of_npy_is_read(read, version):
     np.testing.assert_array_equal(read(file.getvalue())["x"], np.arange(4))
 
 
-def test_the_kind_of_a_file_is_read_from_its_content(read):
+def test_the_format_is_detected_from_the_contents(read):
     content = (FOLDER / "numpy2_protocol2.pkl").read_bytes()
     assert read(content, "weights.npz")["__author__"] == "Third Party"
 
 
-# === What is refused, and how it is called ===
+# === What is refused, and why ===
 
 
 class Command:
@@ -260,6 +260,10 @@ def test_a_file_that_would_run_something_is_refused_by_its_name(
         # Nothing but the functions of the table is called, and only with what they take.
         b"U\x04echo)R.": "damaged",
         b"ctorch\nFloatStorage\n)R.": "damaged",
+        b"c_codecs\nencode\n)R.": "with 0 arguments",
+        b"c_codecs\nencode\nC\x01aU\x06latin1\x86R.": "bytes where str is expected",
+        b"ccollections\nOrderedDict\nK\x01\x85R.": "damaged",
+        b"ccollections\nOrderedDict\n]K\x01a\x85R.": "damaged",
         b"c_codecs\nencode\n(X\x01\x00\x00\x00aU\x05rot13tR.": "latin1",
         b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\n)U\x01btR.": "a class of its own",
         b"cnumpy\ndtype\nU\x02O8K\x00K\x01\x87R(K\x03U\x01|NNNK\x00K\x00K\x00tb.": "dtype O8",
@@ -268,23 +272,23 @@ def test_a_file_that_would_run_something_is_refused_by_its_name(
         b"}}U\x0c__setstate__K\x01sb.": "sets attributes of a dict",
         b"}}U\x09_metadataK\x01sU\x01aK\x01sb.": "sets attributes of a dict",
         b"]}U\x09_metadataK\x01sb.": "sets attributes of a list",
-        # What refers to data outside of the pickle names a storage.
-        b"U\x01aQ.": "damaged",
+        # Data outside the pickle are storages alone.
+        b"U\x01aQ.": "other than a tensor",
         b"(U\x06modulectorch\nFloatStorage\nU\x010U\x03cpuK\x01tQ.": "other than a tensor",
         b"(U\x07storageU\x05FloatU\x010U\x03cpuK\x01tQ.": "other than a tensor",
-        b"(U\x07storagectorch\nFloatStorage\nK\x00U\x03cpuK\x01tQ.": "other than a tensor",
+        b"(U\x07storagectorch\nFloatStorage\nK\x00U\x03cpuK\x01tQ.": "damaged",
         b"ctorch\nFloatStorage\n.": "StorageType outside of any array",
         b"ctorch\nfloat32\n.": "outside of any array",
         b"ctorch._utils\n_rebuild_tensor\n.": "function outside of any array",
     }.items(),
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_an_object_that_is_no_plain_one_is_refused(read, form, pickled, name):
+def test_any_other_object_is_refused_by_name(read, form, pickled, name):
     assert name in refusal(read, FORMS[form](b"\x80\x02" + pickled))
 
 
 def test_a_pickle_that_is_no_checkpoint_has_no_storages(read):
-    assert "data outside of its pickle" in refusal(read, tensor())
+    assert "data outside the pickle" in refusal(read, tensor())
 
 
 def test_tensors_with_a_deferred_sign_are_refused(read):
@@ -326,14 +330,14 @@ def other_archive(*names) -> bytes:
         (other_archive("a/data.pkl", "a/constants.pkl", "a/code/a.py"), "a TorchScript archive"),
         (other_archive("word/document.xml"), "a zip archive of other things"),
         (other_archive("a/data.pkl", "b/data.pkl"), "a zip archive of other things"),
-        (other_archive("x.npy"), "no NumPy array"),
+        (other_archive("x.npy"), "not a NumPy array"),
         (b"\x7fELF" + bytes(100), r"begins with b'\x7fELF"),
     ],
 )
-def test_other_files_are_called_what_they_seem_to_be(read, content, kind):
+def test_other_files_are_recognized(read, content, kind):
     message = refusal(read, content)
     assert kind in message
-    assert "wanted is a PyTorch checkpoint" in message
+    assert "expected a PyTorch checkpoint" in message
 
 
 def test_a_missing_file_and_a_folder(tmp_path, read):
@@ -357,14 +361,14 @@ def test_a_missing_file_and_a_folder(tmp_path, read):
         ({"size": (2**70, 3)}, "impossible"),
         ({"size": (2**40, 3), "stride": (0, 1)}, "multiplies"),
         ({"size": (2**62,) * 10000, "stride": (0,) * 10000}, "impossible"),
-        ({"size": (6,)}, "do not go together"),
+        ({"size": (6,)}, "rank"),
         ({"size": (1,) * 65, "stride": (1,) * 65}, "impossible"),
-        ({"count": 7}, "another size"),
-        ({"count": 5}, "another size|beyond the end"),
-        ({"count": 2**40}, "another size|ends before the data"),
+        ({"count": 7}, "size or type"),
+        ({"count": 5}, "size or type|beyond the end"),
+        ({"count": 2**40}, "size or type|ends before the data"),
         ({"count": -1}, "impossible"),
-        ({"storage": "torch\nDoubleStorage"}, "another size"),
-        ({"storage": "torch.cuda\nShortStorage"}, "another size|bytes follow"),
+        ({"storage": "torch\nDoubleStorage"}, "size or type"),
+        ({"storage": "torch.cuda\nShortStorage"}, "size or type|bytes follow"),
         ({"storage": "torch\nQInt8Storage"}, "torch.QInt8Storage"),
     ],
 )
@@ -442,12 +446,15 @@ def npy(descr="<f8", shape="(3,)", data=bytes(24)) -> bytes:
         (npy(shape="(1000000000000000000000000000000,)"), "impossible shape"),
         (npy(shape="(-3,)"), "damaged header"),
         (npy(shape="(" + "-" * 9000 + "3,)"), "damaged header"),
+        (npy(shape="(" + "1" * 9000 + ",)"), "damaged header"),
+        (npy(shape="(0, 4611686018427387904, 4611686018427387904)", data=b""), "damaged"),
+        (npy(descr="<U1", shape="()", data=b"\xff" * 4), "beyond Unicode"),
         (npy(descr="|O"), "dtype O"),
         (npy(descr="|O8"), "dtype O8"),
         (npy(descr="|V8"), "dtype V8"),
         (npy(descr="<f3"), "damaged"),
         (npy()[:20], "damaged"),
-        (b"", "no NumPy array"),
+        (b"", "not a NumPy array"),
     ],
 )
 def test_damaged_arrays_in_npz_files_are_refused(read, member, reason):
@@ -468,9 +475,37 @@ def test_archives_with_members_twice_overlapping_or_far_larger_unpacked_are_refu
     content = content[: second + 42] + content[first + 42 : first + 46] + content[second + 46 :]
     assert "overlap" in refusal(read, content)
 
-    bomb = zipped(WHOLE_PICKLE, [bytes(2**27)], zipfile.ZIP_DEFLATED)
+    bomb = zipped(WHOLE_PICKLE, [bytes(2**26 + 2**23)], zipfile.ZIP_DEFLATED)
     with memory_below(10 * len(bomb)):
         assert "claim to unpack" in refusal(read, bomb)
+
+
+def test_a_misspelled_member_does_not_pass_for_a_missing_one(read):
+    content = (FOLDER / "big_endian_zip.pth").read_bytes()
+    assert read(content)
+    # The last occurrence is in the archive's directory: without it, the data would be swapped.
+    assert "is damaged" in refusal(read, flipped(content, content.rindex(b"byteorder")))
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, KeyError, IndexError, EOFError])
+@pytest.mark.parametrize(
+    ("module", "function", "file"),
+    [
+        (checkpoints, "_check_members", "training_zip.pth"),
+        (checkpoints, "_whole", "training_legacy.pth"),
+        (checkpoints, "check_plain", "numpy2_protocol2.pkl"),
+        (pickles, "find_storage", "training_zip.pth"),
+        (pickles, "build", "numpy2_protocol2.pkl"),
+        (pickle_globals, "_is_size", "training_legacy.pth"),
+    ],
+)
+def test_a_bug_of_the_reader_is_not_mistaken_for_damage(monkeypatch, module, function, file, error):
+    def bug(*_):
+        raise error("a bug")
+
+    monkeypatch.setattr(module, function, bug)
+    with pytest.raises(error, match=r"^'?a bug'?$"):
+        read_checkpoint(FOLDER / file)
 
 
 def test_a_name_with_the_start_of_its_sha256_is_checked(read):
@@ -510,7 +545,7 @@ def test_mutated_files_are_refused_in_one_sentence_or_read(read, name):
     assert refused >= 5
 
 
-# === Pickles that would take memory or time ===
+# === Pickles that would take too much memory or time ===
 
 
 def doubled(level: bytes, times: int, end: bytes) -> bytes:
@@ -523,13 +558,13 @@ def doubled(level: bytes, times: int, end: bytes) -> bytes:
     ("pickled", "reason"),
     {
         # Lists and tuples whose values would be billions if gone through.
-        doubled(b"]", 60, b"l"): "more values than can be gone through",
-        doubled(b")", 60, b"t"): "more values than can be gone through",
+        doubled(b"]", 60, b"l"): "more values",
+        doubled(b")", 60, b"t"): "more values",
         # The hash of a tuple goes through all of it.
         doubled(b")", 60, b"t")[:-2] + b"}h\x3cK\x00sl.": "a tuple as the key",
         b"\x80\x02}\x8a\x09" + b"\x01" * 9 + b"K\x00s.": "beyond 64 bits",
-        b"\x80\x02]q\x00h\x00a.": "holds itself",
-        b"\x80\x02}q\x00K\x00h\x00s.": "holds itself",
+        b"\x80\x02]q\x00h\x00a.": "contains itself",
+        b"\x80\x02}q\x00K\x00h\x00s.": "contains itself",
         b"\x80\x02" + b"]" * 5000 + b"a" * 4999 + b".": "nests containers",
         b"\x80\x02" + b")" + b"\x85" * 200 + b".": "nests containers more than 100 deep",
         b"\x80\x02" + b"(" * 5000 + b".": "damaged",
@@ -574,7 +609,7 @@ def test_one_text_is_not_made_into_many_arrays(read, call):
 
 
 def test_too_many_operations_are_refused(read, monkeypatch):
-    monkeypatch.setattr(checkpoints, "MAX_OPERATIONS", 1000)
+    monkeypatch.setattr(pickles, "MAX_OPERATIONS", 1000)
     assert len(read(b"\x80\x02(" + b"N" * 900 + b"t.")) == 900
     assert "more than 1000 operations" in refusal(read, b"\x80\x02(" + b"N" * 1100 + b"t.")
 
@@ -617,7 +652,7 @@ def test_a_format_without_a_checksum_is_warned_of(tmp_path, name):
     content = pickle.dumps({"x": np.arange(3.0)}, protocol=2)
     (tmp_path / name).write_bytes(content)
     digits = hashlib.sha256(content).hexdigest()[:8]
-    with pytest.warns(UserWarning, match=rf"without a checksum: .* begins with {digits}; where a"):
+    with pytest.warns(UserWarning, match=rf"without a checksum: .* begins with {digits}"):
         read_checkpoint(tmp_path / name)
     named = tmp_path / f"model_final-{digits}.pkl"
     (tmp_path / name).rename(named)

@@ -60,15 +60,15 @@ def test_the_detector_computes_as_detectron2_does(model):
     backbone, pooling = model.backbone, model.roi_pooling
     assert (backbone.depth, backbone.stride_in_1x1, backbone.norm_epsilon) == (50, True, 1e-5)
     assert (backbone.normalization, backbone.frozen_stages) == ("frozen_batch_norm", 2)
-    assert model.image_normalizer.channel_order == "bgr"
-    np.testing.assert_allclose(model.image_normalizer.mean, (123.675, 116.28, 103.53))
-    assert model.image_normalizer.std == (1.0, 1.0, 1.0)
+    assert model.preprocessing.channel_order == "bgr"
+    np.testing.assert_allclose(model.preprocessing.mean, (123.675, 116.28, 103.53))
+    assert model.preprocessing.std == (1.0, 1.0, 1.0)
     assert (pooling.aligned, pooling.sampling_ratio, pooling.output_size) == (True, None, 7)
-    assert not model.anchor_generator.rounded
-    assert list(model.anchor_generator.strides.values()) == [4, 8, 16, 32, 64]
+    assert not model.anchors.rounded
+    assert list(model.anchors.strides.values()) == [4, 8, 16, 32, 64]
     assert model.smooth_l1_beta == 0
     assert model.num_classes == 80
-    assert model.proposal_generator.training_post_nms == 1000
+    assert model.proposals.training_post_nms == 1000
 
 
 def test_other_classes_start_fresh(weights, tmp_path):

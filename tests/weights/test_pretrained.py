@@ -71,12 +71,12 @@ class TestTorchvision:
         assert model.num_classes == 5
         assert (model.backbone.depth, model.backbone.normalization) == (18, "frozen_batch_norm")
         assert model.backbone.frozen_stages == 2
-        assert model.feature_pyramid.channels == 16
-        assert model.feature_pyramid.normalization == "frozen_batch_norm"
+        assert model.pyramid.channels == 16
+        assert model.pyramid.normalization == "frozen_batch_norm"
         head = model.box_head
         assert (head.convolutions, head.hidden_layers, head.hidden_dim) == (4, 1, 32)
         assert model.rpn_head.hidden_layers == 2
-        assert model.detection_generator.max_detections == 7
+        assert model.detections.max_detections == 7
         for name, variable in torchvision_variables(model).items():
             expected = weights[name]
             if "bbox_pred" in name and name.startswith("roi"):
@@ -231,7 +231,7 @@ class TestKerasFiles:
         assert "was trained for 3 classes, the model has 2" in warned[0]
         assert loaded.class_names is None
         assert loaded.detection_generator.score_threshold == 0.3
-        assert loaded.image_normalizer.mean == (1.0, 2.0, 3.0)
+        assert loaded.preprocessing.mean == (1.0, 2.0, 3.0)
         for ours, theirs in zip(
             loaded.box_head.class_independent_layers(),
             model.box_head.class_independent_layers(),
@@ -263,7 +263,7 @@ class TestKerasFiles:
         loaded, _ = built_from(
             folder / "whole", pixel_mean=np.array([123.675, 116.28, 103.53]), roi_samples=512
         )
-        assert loaded.image_normalizer.mean == (123.675, 116.28, 103.53)
+        assert loaded.preprocessing.mean == (123.675, 116.28, 103.53)
         assert loaded.roi_targets.num_samples == 512
         # What is not given follows the file.
         assert loaded.detection_generator.max_detections == 20
@@ -292,7 +292,7 @@ class TestKerasFiles:
             norm_epsilon=0.5,
         ).save(tmp_path / "x.keras")
         model, _ = built_from(tmp_path / "x.keras")
-        assert model.feature_pyramid.lateral_norms["C2"].epsilon == 0.5
+        assert model.pyramid.lateral_norms["C2"].epsilon == 0.5
 
     def test_another_model_is_refused(self, tmp_path):
         keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]).save(tmp_path / "x.keras")

@@ -1,4 +1,4 @@
-"""Published weights are fetched once, checked, and never taken for whole where they are not."""
+"""Published weights are downloaded once, verified, and never used when incomplete."""
 
 import concurrent.futures
 import functools
@@ -14,7 +14,7 @@ from keras_fpn.weights.published import CLASSIFIERS, DETECTORS, fetch, find_clas
 
 @pytest.fixture
 def server(tmp_path):
-    """A folder, and the address under which its files can be fetched."""
+    """A folder, the URL that serves it, and the handler that counts its requests."""
     folder = tmp_path / "server"
     folder.mkdir()
 
@@ -30,7 +30,7 @@ def server(tmp_path):
 
     handler = functools.partial(Handler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield folder, f"http://127.0.0.1:{server.server_port}", Handler
         server.shutdown()
 
@@ -43,7 +43,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def published(server):
-    """A file of one array under a name with its SHA-256, as it is published."""
+    """A file with one array, named after its SHA-256 as published files are, and its URL."""
     folder, address, _ = server
     np.savez(folder / "whole.npz", x=np.arange(1000.0))
     content = (folder / "whole.npz").read_bytes()
@@ -52,7 +52,7 @@ def published(server):
     return folder / name, f"{address}/{name}"
 
 
-def test_a_file_is_fetched_and_converted_once(published, cache, server):
+def test_a_file_is_downloaded_and_converted_once(published, cache, server):
     _, url = published
     first = fetch("coco", url)
     assert first.parent == cache
@@ -63,7 +63,7 @@ def test_a_file_is_fetched_and_converted_once(published, cache, server):
     assert list(cache.iterdir()) == [first]
 
 
-def test_what_a_killed_download_left_is_not_taken_for_the_file(published, cache):
+def test_the_rest_of_a_killed_download_is_not_mistaken_for_the_file(published, cache):
     file, url = published
     cache.mkdir(parents=True)
     (cache / file.name).write_bytes(file.read_bytes()[:500])
@@ -71,7 +71,7 @@ def test_what_a_killed_download_left_is_not_taken_for_the_file(published, cache)
         assert arrays["x"].shape == (1000,)
 
 
-def test_processes_that_fetch_at_once_do_not_disturb_each_other(published, cache):
+def test_concurrent_downloads_do_not_interfere(published, cache):
     _, url = published
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         paths = list(threads.map(lambda _: fetch("coco", url), range(4)))
@@ -79,7 +79,7 @@ def test_processes_that_fetch_at_once_do_not_disturb_each_other(published, cache
     assert list(cache.iterdir()) == paths[:1]
 
 
-def test_a_damaged_conversion_is_made_again(published, cache, server):
+def test_a_damaged_conversion_is_repeated(published, cache, server):
     _, url = published
     converted = fetch("coco", url)
     converted.write_bytes(converted.read_bytes()[:500])
@@ -91,36 +91,31 @@ def test_a_damaged_conversion_is_made_again(published, cache, server):
 def test_a_damaged_file_is_refused_and_not_kept(published, cache):
     file, url = published
     file.write_bytes(file.read_bytes()[:500])
-    message = (
-        rf"arrived for weights 'coco' from {url} is damaged or incomplete: its SHA-256 does not "
-        r"begin with [0-9a-f]{8}\. Give the path of that file instead"
-    )
-    with pytest.raises(ConnectionError, match=message):
+    with pytest.raises(ConnectionError, match=rf"'coco' from {url} is damaged .*SHA-256"):
         fetch("coco", url)
     assert not list(cache.iterdir())
 
 
-def test_without_a_connection_the_error_says_what_was_wanted(cache):
+def test_without_a_connection_the_error_names_the_weights_and_the_url(cache):
     url = "http://127.0.0.1:1/detector-01234567.pth"
-    message = rf"Could not fetch weights 'coco' from {url}: .*\. Give the path of that file instead"
-    with pytest.raises(ConnectionError, match=message):
+    with pytest.raises(ConnectionError, match=rf"'coco' from {url}: .*path"):
         fetch("coco", url)
 
 
 def test_a_file_that_is_not_there(published, cache):
     file, url = published
     file.unlink()
-    with pytest.raises(ConnectionError, match=r"Could not fetch .*: File not found\. Give"):
+    with pytest.raises(ConnectionError, match=rf"'coco' from {url}: File not found"):
         fetch("coco", url)
 
 
-def test_names_carry_the_beginning_of_a_sha256():
+def test_file_names_end_in_8_digits_of_a_sha256():
     for url in (*DETECTORS.values(), *CLASSIFIERS.values()):
         digits = url.removesuffix(".pth").rsplit("-", 1)[1]
         assert len(digits) == 8
         int(digits, 16)
 
 
-def test_imagenet_for_a_backbone_without_it():
-    with pytest.raises(ValueError, match=r"there for resnet18, .*; received backbone='resnet51'"):
+def test_imagenet_weights_of_a_backbone_that_has_none():
+    with pytest.raises(ValueError, match=r"imagenet.* resnet18, .* backbone='resnet51'"):
         find_classifier("resnet51", "imagenet")

@@ -1,0 +1,105 @@
+"""Training and evaluation steps on TensorFlow, under any `tf.distribute` strategy."""
+
+from collections.abc import Callable
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from keras_fpn.monitoring import collect_monitored, monitor
+from keras_fpn.replicas import gradients_already_summed, sum_over_replicas
+
+
+def train_step(model, data) -> dict:
+    """Takes a training step with this replica's batch; returns the logs of the epoch so far.
+
+    Everything that depends on the number of replicas is summed here: the gradients, before they
+    are clipped and before the loss scale checks them, and the losses.
+    """
+    inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
+    with tf.GradientTape() as tape:
+        losses = model.compute_losses(inputs, targets, training=True)
+        loss = model.compute_loss(inputs, targets, losses, training=True)
+        scaled = model.optimizer.scale_loss(loss)
+    variables = model.trainable_variables
+    gradients = sum_over_replicas(tape.gradient(scaled, variables))
+    scale = ops.cast(model.optimizer.scale_loss(1.0), "float32")
+    norm = tf.linalg.global_norm([tf.cast(gradient, tf.float32) for gradient in gradients])
+    with gradients_already_summed(model.optimizer):
+        model.optimizer.apply(gradients, variables)
+    losses = _sum_losses({"loss": loss, **losses})
+    for name, value in losses.items():
+        monitor(name, value)
+    monitor("gradient_norm", norm / scale)
+    return model.update_loss_metrics(losses, _batch_size(inputs))
+
+
+def test_step(model, data) -> dict:
+    """Computes the losses of this replica's batch; returns the logs of the evaluation so far."""
+    inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
+    losses = model.compute_losses(inputs, targets, training=False)
+    loss = model.compute_loss(inputs, targets, losses, training=False)
+    return model.update_loss_metrics(_sum_losses({"loss": loss, **losses}), _batch_size(inputs))
+
+
+def _sum_losses(losses):
+    # One message for all of them.
+    summed = sum_over_replicas(ops.stack([ops.cast(x, "float32") for x in losses.values()]))
+    return dict(zip(losses, ops.unstack(summed, len(losses)), strict=True))
+
+
+def _batch_size(inputs):
+    return ops.shape(inputs["images"] if isinstance(inputs, dict) else inputs)[0]
+
+
+def function_of_iterator(model, step: Callable) -> Callable:
+    """Returns a function that takes `steps_per_execution` steps with the batches of an iterator.
+
+    Keras's own reduces the replicas' logs in a way that fails on several workers (keras issue
+    20585). Here logs have been summed over the replicas by the step, so any replica's will do.
+
+    Args:
+        model: a compiled `Detector`.
+        step: the model's `train_step` or `test_step`.
+
+    Returns:
+        Function from an iterator to `(logs, monitored)` of the last step.
+    """
+    strategy = model.distribute_strategy
+
+    def monitored_step(data):
+        with collect_monitored() as monitored:
+            logs = step(data)
+        return logs, monitored
+
+    def step_on_replicas(data):
+        outputs = strategy.run(monitored_step, args=(data,))
+        return tf.nest.map_structure(
+            lambda value: strategy.experimental_local_results(value)[0], outputs
+        )
+
+    def step_on_iterator(iterator):
+        return step_on_replicas(iterator.get_next())
+
+    if not model.run_eagerly:
+        step_on_replicas = tf.function(
+            step_on_replicas, reduce_retracing=True, jit_compile=model.jit_compile, autograph=False
+        )
+        step_on_iterator = tf.function(step_on_iterator, reduce_retracing=True, autograph=False)
+
+    def one_step(iterator):
+        # `train_on_batch` and its like pass a generator.
+        if hasattr(iterator, "get_next"):
+            return step_on_iterator(iterator)
+        return step_on_replicas(next(iterator))
+
+    def steps(iterator):
+        outputs = one_step(iterator)
+        for _ in range(model.steps_per_execution - 1):
+            try:
+                outputs = one_step(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):
+                break
+        return outputs
+
+    return steps
