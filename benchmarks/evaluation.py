@@ -13,11 +13,8 @@ import contextlib
 import io
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from pycocotools.coco import COCO

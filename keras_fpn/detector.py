@@ -124,7 +124,13 @@ class Detector(keras.Model):
                 f"received {len(class_names)} names."
             )
         # === Functional Model ===
-        self.functional_model()  # Builds the stages.
+        inputs = {
+            "images": keras.Input(self.image_shape, name="images"),
+            "image_sizes": keras.Input((2,), dtype="int32", name="image_sizes"),
+        }
+        functional = keras.Model(inputs, self.compute_outputs(**inputs), name=self.name)
+        # As an attribute, Keras would save its layers a second time.
+        self._functional_model = lambda: functional
         self.built = True
         if not trainable:
             self.trainable = False
@@ -143,13 +149,10 @@ class Detector(keras.Model):
         """Returns a functional model of the same layers, from padded batches to the outputs.
 
         Its input is `{"images": [B, H, W, 3], "image_sizes": [B, 2]}`. Use it to plot the graph,
-        or to build models on the outputs of the stages.
+        or to build models on the outputs of stages:
+        `keras.Model(functional.input, functional.get_layer("pyramid").output)`.
         """
-        inputs = {
-            "images": keras.Input(self.image_shape, name="images"),
-            "image_sizes": keras.Input((2,), dtype="int32", name="image_sizes"),
-        }
-        return keras.Model(inputs, self.compute_outputs(**inputs), name=self.name)
+        return self._functional_model()
 
     # === Forward pass ===
 

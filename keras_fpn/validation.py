@@ -1,4 +1,4 @@
-"""Checks of user input; each error is one sentence with what was received and what was expected."""
+"""Checks of user input; each error is one sentence: what was expected, and what was received."""
 
 import difflib
 import math
@@ -60,89 +60,101 @@ def check_choice(argument: str, value, choices: Iterable[str]) -> str:
 
 
 def did_you_mean(name, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the nearest known one, if any is near."""
+    """Returns the end of an error about an unknown name: the nearest known one, if any is near."""
     nearest = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else "."
 
 
+def check_pixels(name: str, images) -> None:
+    """Checks the dtype of an array or a tensor of any backend.
+
+    Raises:
+        TypeError: if it does not hold integers or floats.
+    """
+    dtype = str(getattr(images.dtype, "name", images.dtype)).removeprefix("torch.")
+    if not dtype.startswith(("float", "bfloat", "uint", "int")):
+        raise TypeError(f"{name} must hold numbers in 0..255; received dtype {dtype}.")
+
+
 def check_images(inputs, image_shape=(None, None, 3)) -> tuple:
-    """Splits a model input into images and their sizes, either of which may be symbolic.
+    """Splits the inputs of a model into images and their sizes, either of which may be symbolic.
 
     Args:
         inputs: `[B, H, W, 3]`, or `{"images": [B, H, W, 3], "image_sizes": [B, 2]}`.
-        image_shape: height and width that the images must have, None for any, and 3.
+        image_shape: `(height, width, 3)` of the images; None for any height or width.
 
     Returns:
-        `(images, image_sizes)`; sizes are None where none are given.
+        `(images, image_sizes)`; sizes are None if none are given.
 
     Raises:
         ValueError: for another structure, rank, size or number of channels, and for sizes in memory
-            that are not within their batch.
-        TypeError: for images that are not numbers.
+            that exceed their batch.
+        TypeError: if images are not numbers.
     """
     if inputs is None:
-        raise ValueError("Images are wanted, [batch, height, width, 3]; received None.")
+        raise ValueError("Images must be a batch [batch, height, width, 3]; received None.")
     image_sizes = None
     images = inputs
     if isinstance(inputs, dict):
         if "images" not in inputs or not set(inputs) <= {"images", "image_sizes"}:
             raise ValueError(
-                "A dictionary of inputs has the keys 'images' and, for a padded batch, "
-                f"'image_sizes'; received the keys {sorted(map(str, inputs))}."
+                "Inputs must have the keys 'images' and, for a padded batch, 'image_sizes'; "
+                f"received the keys {sorted(map(str, inputs))}."
             )
         images, image_sizes = inputs["images"], inputs.get("image_sizes")
     if not hasattr(images, "shape"):
         images = np.asarray(images)
-    if isinstance(images, np.ndarray) and images.dtype.kind not in "fiu":
-        raise TypeError(f"Images are numbers in 0..255; received dtype {images.dtype}.")
+    check_pixels("Images", images)
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[-1] not in (3, None):
         hint = " (add a batch dimension: images[None])" if len(shape) == 3 else ""
         raise ValueError(
-            "Images are a batch [batch, height, width, 3] of RGB pixels; received shape "
+            "Images must be a batch [batch, height, width, 3] of RGB pixels; received shape "
             f"{shape}{hint}."
         )
-    for received, wanted in zip(shape[1:3], image_shape[:2], strict=True):
-        if None not in (received, wanted) and received != wanted:
+    for received, expected in zip(shape[1:3], image_shape[:2], strict=True):
+        if None not in (received, expected) and received != expected:
             raise ValueError(
-                f"The model was built for images of shape {tuple(image_shape)}; received a batch "
-                f"of shape {shape}."
+                f"Images must have the shape {tuple(image_shape)} that the model was built for; "
+                f"received a batch of shape {shape}."
             )
     if 0 in shape[1:3]:
-        raise ValueError(f"Images need at least one pixel; received shape {shape}.")
-    dtype = keras.backend.standardize_dtype(images.dtype)
-    if not dtype.startswith(("float", "bfloat", "uint", "int")):
-        raise TypeError(f"Images are numbers in 0..255; received dtype {dtype}.")
+        raise ValueError(f"Images must have at least one pixel; received shape {shape}.")
     if image_sizes is not None:
         if not hasattr(image_sizes, "shape"):
             image_sizes = np.asarray(image_sizes)
         sizes_shape = tuple(image_sizes.shape)
         if len(sizes_shape) != 2 or sizes_shape[-1] != 2:
             raise ValueError(
-                "'image_sizes' holds height and width of each image, [batch, 2]; received shape "
-                f"{sizes_shape}."
+                "'image_sizes' must be the height and width of each image, [batch, 2]; received "
+                f"shape {sizes_shape}."
             )
         if None not in (shape[0], sizes_shape[0]) and shape[0] != sizes_shape[0]:
             raise ValueError(
-                f"Received {shape[0]} images and 'image_sizes' of {sizes_shape[0]}; "
-                "one row for each image is wanted."
+                f"'image_sizes' must have one row for each of the {shape[0]} images; received "
+                f"{sizes_shape[0]}."
             )
         if isinstance(image_sizes, np.ndarray) and None not in shape[1:3]:
             wrong = ~((image_sizes >= 1) & (image_sizes <= shape[1:3])).all(axis=-1)
             if wrong.any():
                 row = int(np.argmax(wrong))
                 raise ValueError(
-                    "'image_sizes' holds (height, width) within the batch's "
-                    f"{shape[1:3]}; received {image_sizes[row].tolist()} for image {row}."
+                    f"'image_sizes' must be (height, width) within the batch's {shape[1:3]}; "
+                    f"received {image_sizes[row].tolist()} for image {row}."
                 )
     return images, image_sizes
 
 
 def check_training_data(model, x, y) -> None:
-    """Checks what training or validation is to run on, as far as it can be seen beforehand.
+    """Checks the data of training or validation before it begins.
 
-    Data in memory is checked whole. Of a `tf.data.Dataset` the structure and the first batch are
-    checked, and boxes without an area are let through: training leaves them out.
+    Data in memory is checked in full. Of a `tf.data.Dataset`, the structure and the first batch are
+    checked, and degenerate boxes are accepted, since training ignores them.
+
+    Args:
+        model: a `Detector`.
+        x: images, inputs as in `check_images`, or a data set of `(images, targets)`.
+        y: targets; None with a data set.
 
     Raises:
         ValueError: for another structure, and for targets that `check_targets` refuses.
@@ -151,11 +163,11 @@ def check_training_data(model, x, y) -> None:
         structure = x.element_spec
         if not isinstance(structure, tuple) or len(structure) != 2:
             raise ValueError(
-                "A data set to train on yields pairs (images, {'boxes', 'labels'}); received "
-                f"elements {_described(structure)}."
+                "A data set must yield pairs (images, {'boxes', 'labels'}); received elements "
+                f"{_described(structure)}."
             )
         if type(x).__module__.startswith("tensorflow.python.distribute"):
-            # Its elements are one a replica; the step checks their structure when it is traced.
+            # Its elements are per replica; the step checks their structure when it is traced.
             return
         check_target_structure(structure[1])
         check_images(structure[0], model.image_shape)
@@ -185,23 +197,25 @@ def _check_batch(model, x, y, refuse_degenerate):
 
 
 def check_target_structure(targets) -> None:
-    """Checks names and ranks of a ground truth, which may be symbolic.
+    """Checks the names and ranks of a ground truth, which may be symbolic.
 
     Raises:
-        ValueError: unless it is `{"boxes": [B, G, 4], "labels": [B, G]}`, and `"image_ids"` where
-            the caller wants to know the images again.
+        ValueError: if it is not `{"boxes": [B, G, 4], "labels": [B, G]}`; "image_ids" are accepted
+            as well, and ignored.
     """
-    wanted = "Targets are {'boxes': [batch, objects, 4], 'labels': [batch, objects]}; received "
+    expected = (
+        "Targets must be {'boxes': [batch, objects, 4], 'labels': [batch, objects]}; received "
+    )
     if not isinstance(targets, dict):
-        raise ValueError(f"{wanted}{'none' if targets is None else type(targets).__name__}.")
+        raise ValueError(f"{expected}{'none' if targets is None else type(targets).__name__}.")
     if set(targets) - {"image_ids"} != {"boxes", "labels"}:
-        raise ValueError(f"{wanted}the keys {sorted(map(str, targets))}.")
+        raise ValueError(f"{expected}the keys {sorted(map(str, targets))}.")
     shapes = [
         tuple(x.shape) if hasattr(x, "shape") else np.shape(x)
         for x in (targets["boxes"], targets["labels"])
     ]
     if len(shapes[0]) != 3 or shapes[0][-1] not in (4, None) or len(shapes[1]) != 2:
-        raise ValueError(f"{wanted}shapes {shapes[0]} and {shapes[1]}.")
+        raise ValueError(f"{expected}shapes {shapes[0]} and {shapes[1]}.")
 
 
 def check_targets(
@@ -217,14 +231,14 @@ def check_targets(
     Args:
         targets: `{"boxes": [B, G, 4], "labels": [B, G]}` arrays.
         image_shape: `[B, H, W, 3]` of the images.
-        image_sizes: `[B, 2]` array, or None where images fill the batch.
+        image_sizes: `[B, 2]` array, or None if images fill the batch.
         num_classes: labels are in 0..num_classes-1, or -1 in padding rows.
-        bounding_box_format: of the boxes.
+        bounding_box_format: format of the boxes.
         refuse_degenerate: whether a box that is not finite or has no area is an error.
 
     Raises:
-        ValueError: for missing keys, wrong shapes, labels out of range, degenerate boxes, and boxes
-            outside their image or all within one pixel, which is what a wrong format looks like.
+        ValueError: for missing keys, wrong shapes, labels out of range, degenerate boxes, and for
+            boxes outside their image or all within one pixel, the signs of a wrong format.
     """
     check_target_structure(targets)
     boxes = np.asarray(targets["boxes"], "float64")
@@ -232,34 +246,36 @@ def check_targets(
     batch = image_shape[0]
     if labels.shape != boxes.shape[:2]:
         raise ValueError(
-            "Targets are boxes [batch, objects, 4] and labels [batch, objects]; received shapes "
-            f"{boxes.shape} and {labels.shape}."
+            "Targets must be boxes [batch, objects, 4] and labels [batch, objects]; received "
+            f"shapes {boxes.shape} and {labels.shape}."
         )
     if boxes.shape[0] != batch:
-        raise ValueError(f"Received {batch} images and boxes of {boxes.shape[0]}.")
+        raise ValueError(
+            f"Targets must have one row for each of the {batch} images; received {boxes.shape[0]}."
+        )
     if labels.size and not np.all(labels == np.floor(labels)):
-        raise ValueError(f"Labels are whole numbers; received dtype {labels.dtype} with fractions.")
+        raise ValueError(f"Labels must be integers; received dtype {labels.dtype} with fractions.")
     wrong = (labels < -1) | (labels >= num_classes)
     if wrong.any():
         raise ValueError(
-            f"Labels are in 0..{num_classes - 1}, or -1 for padding, in a model of {num_classes} "
-            f"classes; received {labels[wrong][0]} in image {np.argwhere(wrong)[0][0]}."
+            f"Labels must be in 0..{num_classes - 1} for {num_classes} classes, or -1 in padding "
+            f"rows; received {labels[wrong][0]} in image {np.argwhere(wrong)[0][0]}."
         )
     real = labels >= 0
     if image_sizes is None:
         image_sizes = np.broadcast_to(np.asarray(image_shape[1:3]), (batch, 2))
 
-    def refuse(mask, what):
+    def refuse(mask, expected):
         if mask.any():
             image, row = np.argwhere(mask)[0]
             raise ValueError(
-                f"Box {boxes[image, row].tolist()} of image {image} {what} (format "
-                f"{bounding_box_format!r})."
+                f"Boxes must {expected}; received {boxes[image, row].tolist()} in image {image}, "
+                f"in format {bounding_box_format!r}."
             )
 
     finite = np.isfinite(boxes).all(-1)
     if refuse_degenerate:
-        refuse(real & ~finite, "is not finite")
+        refuse(real & ~finite, "be finite")
     real &= finite
     xyxy = keras.ops.convert_to_numpy(
         convert_boxes(
@@ -268,15 +284,15 @@ def check_targets(
     )
     extent = xyxy[..., 2:] - xyxy[..., :2]
     if refuse_degenerate:
-        refuse(real & (extent <= 0).any(-1), "has no area")
+        refuse(real & (extent <= 0).any(-1), "have an area")
     real &= (extent > 0).all(-1)
     limits = np.asarray(image_sizes)[:, None, ::-1]
-    # Annotations may stick out by a rounding; a wrong format sticks out by far.
+    # Rounded annotations may exceed the image a little; those in a wrong format exceed it by far.
     slack = 1.0 + 0.01 * limits
     outside = (xyxy[..., :2] < -slack).any(-1) | (xyxy[..., 2:] > limits + slack).any(-1)
-    refuse(real & outside, "lies outside its image: is `bounding_box_format` right?")
+    refuse(real & outside, "lie within their image (is `bounding_box_format` right?)")
     if not bounding_box_format.startswith("rel_") and real.any() and boxes[real].max() <= 1.0:
         raise ValueError(
-            f"All boxes lie within one pixel, in format {bounding_box_format!r}: are they "
-            f"'rel_{bounding_box_format}'?"
+            f"Boxes in format {bounding_box_format!r} must not all lie within one pixel; did you "
+            f"mean 'rel_{bounding_box_format}'?"
         )

@@ -1,11 +1,13 @@
 """What the real state dicts, of which names and shapes are stored, lead the builder to."""
 
+import inspect
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from keras_fpn.builder import STAGES
 from keras_fpn.weights.detectron2 import detectron2_architecture, is_detectron2
 from keras_fpn.weights.torchvision import torchvision_architecture
 
@@ -28,29 +30,46 @@ def state_dict(source, name):
 def test_of_detectron2(name, backbone):
     arrays = state_dict("detectron2", name)
     assert is_detectron2(arrays)
-    architecture = detectron2_architecture(arrays)
-    assert architecture["backbone"] == backbone
-    assert architecture["stride_in_1x1"] == (backbone != "resnext101_32x8d")
-    assert architecture.get("num_classes") == (None if name.startswith("rpn") else 80)
+    found, num_classes, stages = detectron2_architecture(arrays)
+    assert found == backbone
+    assert stages["resnet"]["stride_in_1x1"] == (backbone != "resnext101_32x8d")
+    assert num_classes == (None if name.startswith("rpn") else 80)
+    for stage, arguments in stages.items():
+        assert set(arguments) <= set(inspect.signature(STAGES[stage]).parameters)
 
 
 def test_of_torchvision():
     first = torchvision_architecture(state_dict("torchvision", "fasterrcnn_resnet50_fpn"))
     second = torchvision_architecture(state_dict("torchvision", "fasterrcnn_resnet50_fpn_v2"))
-    same = {"num_classes": 90, "backbone": "resnet50", "pyramid_channels": 256}
-    same |= {"roi_output_size": 7, "head_hidden_dim": 1024}
     norm = "frozen_batch_norm"
-    assert first == same | {
-        "pyramid_normalization": None,
-        "rpn_hidden_layers": 1,
-        "head_convolutions": 0,
-        "head_normalization": None,
-        "head_hidden_layers": 2,
-    }
-    assert second == same | {
-        "pyramid_normalization": norm,
-        "rpn_hidden_layers": 2,
-        "head_convolutions": 4,
-        "head_normalization": norm,
-        "head_hidden_layers": 1,
-    }
+    pooling = {"output_size": 7}
+    assert first == (
+        "resnet50",
+        90,
+        {
+            "pyramid": {"channels": 256, "normalization": None},
+            "rpn_head": {"hidden_layers": 1},
+            "roi_pooling": pooling,
+            "box_head": {
+                "convolutions": 0,
+                "normalization": None,
+                "hidden_layers": 2,
+                "hidden_dim": 1024,
+            },
+        },
+    )
+    assert second == (
+        "resnet50",
+        90,
+        {
+            "pyramid": {"channels": 256, "normalization": norm},
+            "rpn_head": {"hidden_layers": 2},
+            "roi_pooling": pooling,
+            "box_head": {
+                "convolutions": 4,
+                "normalization": norm,
+                "hidden_layers": 1,
+                "hidden_dim": 1024,
+            },
+        },
+    )

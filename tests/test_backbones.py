@@ -1,7 +1,10 @@
+import re
+
 import keras
 import numpy as np
 import pytest
 from keras.ops import convert_to_numpy
+from small_detector import small_detector
 
 from keras_fpn.backbones import resolve_backbone
 from keras_fpn.resnet import ResNet
@@ -72,32 +75,21 @@ class Subclassed(keras.Model):
 
 
 class TestNames:
-    @pytest.mark.parametrize(
-        ("pretrained", "normalization", "frozen_stages"),
-        [(True, "frozen_batch_norm", 2), (False, "batch_norm", 0)],
-    )
-    def test_pretrained_decides_what_is_not_given(self, pretrained, normalization, frozen_stages):
-        backbone = resolve_backbone("resnet34", pretrained=pretrained)
+    def test_a_name_is_a_resnet_with_its_defaults(self):
+        backbone = resolve_backbone("resnet34")
         assert isinstance(backbone, ResNet)
-        assert backbone.name == "resnet34"
-        assert backbone.depth == 34
-        assert backbone.normalization == normalization
-        assert backbone.frozen_stages == frozen_stages
+        assert (backbone.name, backbone.depth) == ("resnet34", 34)
+        assert (backbone.normalization, backbone.frozen_stages) == ("batch_norm", 0)
 
     def test_what_is_given_reaches_the_network(self):
-        backbone = resolve_backbone(
-            "resnet50",
-            normalization="group_norm",
-            frozen_stages=0,
-            pretrained=True,
-            stride_in_1x1=True,
-            norm_epsilon=0.0,
-            image_shape=(64, 96, 3),
-        )
-        assert backbone.normalization == "group_norm"
-        assert backbone.frozen_stages == 0
-        assert backbone.stride_in_1x1
-        assert backbone.norm_epsilon == 0.0
+        arguments = {
+            "normalization": "group_norm",
+            "frozen_stages": 1,
+            "stride_in_1x1": True,
+            "norm_epsilon": 0.0,
+        }
+        backbone = resolve_backbone("resnet50", arguments, image_shape=(64, 96, 3))
+        assert {name: getattr(backbone, name) for name in arguments} == arguments
         assert backbone.output["C5"].shape == (None, 2, 3, 2048)
 
     def test_resnext(self):
@@ -106,17 +98,18 @@ class TestNames:
         # torchvision 0.27.1's without its `fc`.
         assert sum(np.prod(weight.shape) for weight in backbone.trainable_weights) == 86742336
 
-    def test_nearest_names_are_suggested(self):
-        with pytest.raises(ValueError, match=r"no backbone 'resnet51': give .*'resnet50'"):
-            resolve_backbone("resnet51")
-        with pytest.raises(
-            ValueError, match=r"no backbone 'resnext101_32x4d': give .*'resnext101_32x8d'"
-        ):
-            resolve_backbone("resnext101_32x4d")
-        with pytest.raises(
-            ValueError, match=r"no backbone 'vgg': give 'resnet18' or .*'resnet152'"
-        ):
-            resolve_backbone("vgg")
+    @pytest.mark.parametrize(
+        ("name", "nearest"),
+        [
+            ("resnet51", "; did you mean 'resnet50'?"),
+            ("resnext101_32x4d", "; did you mean 'resnext101_32x8d'?"),
+            ("vgg", "."),
+        ],
+    )
+    def test_nearest_names_are_suggested(self, name, nearest):
+        message = f"`backbone` .*'resnet18', .*received {re.escape(repr(name) + nearest)}$"
+        with pytest.raises(ValueError, match=message):
+            resolve_backbone(name)
 
 
 class TestKerasHub:
@@ -203,7 +196,7 @@ class TestKerasApplications:
     def test_classifier_of_a_fixed_size_needs_that_image_shape(self):
         given = keras.applications.MobileNetV2(weights=None, alpha=0.35, input_shape=(96, 96, 3))
         assert resolve_backbone(given, image_shape=(96, 96, 3)).output["C5"].shape[1:3] == (3, 3)
-        with pytest.raises(ValueError, match=r"takes images of shape \(96, 96, 3\) only"):
+        with pytest.raises(ValueError, match=r"takes .* \(96, 96, 3\); received image_shape="):
             resolve_backbone(given)
 
 
@@ -284,48 +277,84 @@ def test_saved_inside_another_model_gives_the_same_feature_maps(given, images, t
     assert resolve_backbone(loaded.layers[-1]) is loaded.layers[-1]
 
 
+class TestThreeLevels:
+    """A detector on a backbone without the finest or the coarsest level."""
+
+    @pytest.fixture(scope="class", params=[("C3", "C4", "C5"), ("C2", "C3", "C4")])
+    def model(self, request):
+        inputs, maps = pyramid_of_convolutions()
+        outputs = {
+            level: x for level, x in zip(LEVELS, maps, strict=True) if level in request.param
+        }
+        return small_detector(
+            backbone=keras.Model(inputs, outputs),
+            normalization=None,
+            anchor_sizes=(16, 32, 64, 128),
+        )
+
+    def test_predicts(self, model, images):
+        assert len(model.pyramid.roi_levels) == 3
+        assert len(model.pyramid.rpn_levels) == 4
+        found = model.predict(images, verbose=0)
+        assert found["num_detections"][0] > 0
+        assert np.isfinite(found["boxes"]).all()
+
+    def test_a_region_is_pooled_from_its_level_or_the_nearest(self, model):
+        levels = [int(level[1:]) for level in model.pyramid.roi_levels]
+        # Every pixel of level k holds k.
+        features = {
+            f"P{level}": np.full((1, 2048 >> level, 2048 >> level, 1), level, "float32")
+            for level in levels
+        }
+        regions = np.array([[[0, 0, side, side] for side in (50, 150, 300, 1000)]], "float32")
+        pooled = convert_to_numpy(model.roi_pooling(features, regions))
+        # Eqn. 1 of the paper: 2, 3, 4 and 6.
+        expected = np.clip([2, 3, 4, 6], levels[0], levels[-1])
+        np.testing.assert_allclose(pooled.mean(axis=(2, 3, 4)), [expected], rtol=1e-6)
+
+
 class TestErrors:
     @pytest.mark.parametrize("given", [None, 50, ResNet, keras.layers.ReLU()])
     def test_neither_name_nor_model(self, given):
         with pytest.raises(TypeError, match=r"must be a name such as 'resnet50' or a keras\.Model"):
             resolve_backbone(given)
 
-    @pytest.mark.parametrize(
-        "argument", [{"normalization": "batch_norm"}, {"frozen_stages": 2}, {"stride_in_1x1": True}]
-    )
-    def test_argument_for_names_given_with_a_model(self, argument):
-        (name,) = argument
-        given = keras.Model(*pyramid_of_convolutions())
-        with pytest.raises(ValueError, match=f"{name}=.* is for backbones given by name"):
-            resolve_backbone(given, **argument)
-        assert resolve_backbone(given, normalization=None, frozen_stages=0)
+    def test_arguments_for_names_given_with_a_model(self):
+        given = keras.Model(*pyramid_of_convolutions(), name="mine")
+        with pytest.raises(ValueError, match="received the model 'mine' and 'frozen_stages'"):
+            resolve_backbone(given, {"frozen_stages": 2})
+        assert resolve_backbone(given, {})
 
-    def test_stride_that_no_feature_map_has(self):
-        given = keras.Model(*pyramid_of_convolutions((4, 2, 2)), name="shallow")
-        with pytest.raises(ValueError, match=r"'shallow' .* the strides found are \[4, 8, 16\]\."):
+    @pytest.mark.parametrize("strides", [(4, 4, 2), (32,)])
+    def test_strides_that_are_no_run(self, strides):
+        inputs, maps = pyramid_of_convolutions(strides)
+        given = keras.Model(inputs, maps, name="gaps")
+        with pytest.raises(ValueError, match=r"'gaps' .*; received strides \["):
             resolve_backbone(given)
 
     def test_model_that_hides_another(self):
         inner = keras.Model(*pyramid_of_convolutions(), name="inner")
         images = keras.Input((None, None, 3))
         outputs = keras.layers.GlobalAveragePooling2D()(inner(images)[-1])
-        with pytest.raises(ValueError, match=r"found are \[1, 32\] \(it holds the model 'inner'"):
+        with pytest.raises(ValueError, match=r"received strides \[1, 32\] \(it .*'inner'"):
             resolve_backbone(keras.Model(images, outputs))
 
     def test_no_feature_maps(self):
         images = keras.Input((32, 32, 3))
         given = keras.Model(images, [keras.layers.Flatten()(images)] * 2)
-        with pytest.raises(ValueError, match="the strides found are none"):
+        with pytest.raises(ValueError, match="received strides none"):
             resolve_backbone(given, image_shape=(32, 32, 3))
 
     @pytest.mark.parametrize("shape", [(3, None, None), (None, None, 1), (None, 3)])
     def test_images_that_are_not_channels_last_rgb(self, shape):
         images = keras.Input(shape)
         given = keras.Model(images, keras.layers.ReLU()(images))
-        with pytest.raises(ValueError, match=r"channels-last batch of images .*, not \(None, "):
+        with pytest.raises(ValueError, match=r"channels-last batch .*; received inputs \(None, "):
             resolve_backbone(given)
 
     def test_several_inputs(self):
         inputs = [keras.Input((None, None, 3)), keras.Input((None, None, 3))]
-        with pytest.raises(ValueError, match="one channels-last batch of images"):
+        with pytest.raises(
+            ValueError, match=r"one channels-last batch .*; received inputs .* and "
+        ):
             resolve_backbone(keras.Model(inputs, keras.layers.add(inputs)))

@@ -89,5 +89,7 @@ def test_convolutions_come_before_the_hidden_layers():
 
 
 def test_an_unknown_normalization_is_refused():
-    with pytest.raises(ValueError, match="not 'batchnorm'; did you mean 'batch_norm'"):
+    with pytest.raises(
+        ValueError, match=r"`normalization` .*'batchnorm'; did you mean 'batch_norm'"
+    ):
         BoxHead(3, convolutions=1, normalization="batchnorm")

@@ -3,16 +3,18 @@
 import keras
 import numpy as np
 import pytest
-from small_detector import small_detector
+from small_detector import small_detector, tiny_detector
 
-from keras_fpn.faster_rcnn import LOSS_NAMES
+from keras_fpn.faster_rcnn import FasterRCNN
+from keras_fpn.monitoring import monitor
 
 tensorflow_only = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="fit() needs the TensorFlow backend"
 )
 
 # Enough samples for every positive and negative, so that no draw decides.
-ALL_SAMPLES = {"rpn_samples": 6000, "roi_samples": 100}
+ALL_SAMPLES = {"rpn_targets": {"num_samples": 6000}, "roi_targets": {"num_samples": 100}}
+LOSSES = FasterRCNN.loss_names
 
 
 def arrays(detections):
@@ -91,9 +93,9 @@ def test_detections_come_in_the_format_asked_for(detector, images, bounding_box_
 
 
 def test_the_losses_of_every_backend_are_finite_and_positive(images, targets):
-    losses = small_detector().compute_losses(images, targets)
+    losses = tiny_detector().compute_losses(images, targets)
     values = {name: float(keras.ops.convert_to_numpy(loss)) for name, loss in losses.items()}
-    assert tuple(values) == LOSS_NAMES
+    assert tuple(values) == LOSSES
     assert all(np.isfinite(value) and value >= 0 for value in values.values())
     # Untrained: as good as guessing between 2 and among 4.
     assert values["objectness_loss"] == pytest.approx(np.log(2), abs=0.2)
@@ -109,11 +111,9 @@ def test_fit_lowers_the_losses_then_saves_loads_and_goes_on(images, targets, tmp
     model.compile(keras.optimizers.SGD(0.02, momentum=0.9), jit_compile=False)
     data = tf.data.Dataset.from_tensors((images, targets)).repeat(8)
     history = model.fit(data, epochs=2, validation_data=data.take(1), verbose=0).history
-    assert {"loss", *LOSS_NAMES, "val_loss", *(f"val_{name}" for name in LOSS_NAMES)} == set(
-        history
-    )
+    assert {"loss", *LOSSES, "val_loss", *(f"val_{name}" for name in LOSSES)} == set(history)
     assert history["loss"][-1] < history["loss"][0]
-    total = sum(history[name][-1] for name in LOSS_NAMES)
+    total = sum(history[name][-1] for name in LOSSES)
     assert history["loss"][-1] == pytest.approx(total, rel=1e-4)
 
     model.save(tmp_path / "detector.keras")
@@ -134,23 +134,193 @@ def test_sizes_beyond_the_batch_do_not_put_boxes_there(detector, images):
 
 @tensorflow_only
 def test_fit_refuses_what_it_would_ignore(images, targets):
-    model = small_detector()
+    model = tiny_detector()
     model.compile(keras.optimizers.SGD(0.01), jit_compile=False)
-    with pytest.raises(ValueError, match="take no weights; received `sample_weight`"):
+    with pytest.raises(ValueError, match="`sample_weight`"):
         model.fit(images, targets, sample_weight=np.ones(2), verbose=0)
     wrong = targets | {"labels": targets["labels"] + 50}
     with pytest.raises(ValueError, match="received 50 in image 0"):
         model.fit(images, targets, validation_data=(images, wrong), verbose=0)
     with pytest.raises(ValueError, match="received shape"):
         model.predict(images[0], verbose=0)
-    model.compile(keras.optimizers.SGD(0.01), loss="mse", jit_compile=False)
-    with pytest.raises(ValueError, match=r"compile it without `loss` \(received loss='mse'\)"):
-        model.fit(images, targets, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "named"),
+    [
+        ("loss", "mse", r"`loss`; received 'mse'"),
+        ("metrics", ["accuracy"], "`metrics`"),
+        ("weighted_metrics", ["accuracy"], "`weighted_metrics`"),
+        ("loss_weights", {"box_los": 2.0}, "'box_los'; did you mean 'box_loss'"),
+        ("loss_weights", {"box_loss": -1.0}, "-1.0 for 'box_loss'"),
+        ("loss_weights", {"box_loss": np.nan}, "nan for 'box_loss'"),
+    ],
+)
+def test_compile_refuses_what_it_would_ignore(detector, argument, value, named):
+    with pytest.raises(ValueError, match=named):
+        detector.compile("sgd", **{argument: value})
+
+
+def test_stages_are_those_that_the_model_declares(detector):
+    stages = {name: getattr(detector, name) for name in FasterRCNN.stage_names}
+    del stages["proposals"]
+    with pytest.raises(TypeError, match="'proposals' is missing"):
+        FasterRCNN(**stages)
+    with pytest.raises(TypeError, match="'propsals' is unknown; did you mean 'proposals'"):
+        FasterRCNN(**stages, proposals=detector.proposals, propsals=detector.proposals)
+
+
+def test_heads_and_anchors_that_do_not_fit_are_refused(detector):
+    config = detector.get_config()
+    config["anchors"]["config"]["aspect_ratios"] = (1.0,)
+    with pytest.raises(ValueError, match="`anchors` has 1 .*`rpn_head` predicts 3"):
+        FasterRCNN.from_config(config)
+
+
+def test_a_clone_is_a_detector_that_predicts(detector, images):
+    clone = keras.models.clone_model(detector)
+    assert type(clone) is FasterRCNN
+    clone.set_weights(detector.get_weights())
+    assert_same_detections(clone.predict(images, verbose=0), detector(images))
+
+
+def test_the_functional_model_shares_the_layers(detector, images):
+    model = detector.functional_model()
+    sizes = np.array([[64, 96], [64, 96]], "int32")
+    assert_same_detections(model({"images": images, "image_sizes": sizes}), detector(images))
+    pooled = keras.Model(model.input, model.get_layer("roi_pooling").output)
+    assert pooled({"images": images, "image_sizes": sizes}).shape == (2, 30, 7, 7, 16)
+
+
+class DoublesTheBoxLoss(FasterRCNN):
+    def compute_losses(self, inputs, targets, training=True):
+        losses = super().compute_losses(inputs, targets, training)
+        monitor("box_loss_before", losses["box_loss"])
+        return losses | {"box_loss": 2 * losses["box_loss"]}
+
+
+class DoublesTheLoss(FasterRCNN):
+    def compute_loss(self, *args, **kwargs):
+        return 2 * super().compute_loss(*args, **kwargs)
+
+
+class TakesNoStep(FasterRCNN):
+    def train_step(self, data):
+        return {"loss": keras.ops.cast(keras.ops.shape(data[0])[0], "float32")}
+
+
+class TakesKerasStep(FasterRCNN):
+    """A step as Keras's guide writes it, which leaves the sum over replicas to the optimizer."""
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        inputs, targets = data
+        with tf.GradientTape() as tape:
+            losses = self.compute_losses(inputs, targets)
+            loss = self.compute_loss(inputs, targets, losses)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return self.get_metrics_result()
+
+
+def steps(model_class, images, targets, devices=1, use_fit=True, **compile_arguments):
+    """Changes of the weights by one step of SGD, its logs and `last_step`."""
+    import tensorflow as tf
+
+    strategy = tf.distribute.get_strategy()
+    if devices > 1:
+        strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(devices)])
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        model = model_class.from_config(tiny_detector(**ALL_SAMPLES).get_config())
+        model.compile(keras.optimizers.SGD(0.1), jit_compile=False, **compile_arguments)
+    before = model.get_weights()
+    if use_fit:
+        data = tf.data.Dataset.from_tensor_slices((images, targets)).batch(2, drop_remainder=True)
+        logs = {name: value[0] for name, value in model.fit(data, verbose=0).history.items()}
+    else:
+        logs = model.train_on_batch(images, targets, return_dict=True)
+    changes = [a - b for a, b in zip(model.get_weights(), before, strict=True)]
+    return changes, logs, model.last_step
+
+
+@pytest.fixture(scope="module")
+def plain_step(images, targets):
+    """The changes of a step of the model as it is."""
+    return steps(FasterRCNN, images, targets)
+
+
+def assert_same_changes(changes, expected, scale=1.0):
+    assert max(np.abs(change).max() for change in expected) > 1e-3
+    for a, b in zip(changes, expected, strict=True):
+        np.testing.assert_allclose(a, scale * b, atol=1e-5)
+
+
+@tensorflow_only
+@pytest.mark.parametrize("devices", [1, 2])
+class TestSubclasses:
+    def test_compute_losses_and_loss_weights(self, images, targets, plain_step, devices):
+        changes, logs, last = steps(DoublesTheBoxLoss, images, targets, devices)
+        weighted, weighted_logs, _ = steps(
+            FasterRCNN, images, targets, devices, loss_weights={"box_loss": 2.0}
+        )
+        assert_same_changes(weighted, changes)
+        assert max(np.abs(a - b).max() for a, b in zip(changes, plain_step[0], strict=True)) > 1e-4
+        box_loss = plain_step[1]["box_loss"]
+        assert logs["box_loss"] == pytest.approx(2 * box_loss, rel=1e-4)
+        # The logs show each loss as it is, and the weighted sum.
+        assert weighted_logs["box_loss"] == pytest.approx(box_loss, rel=1e-4)
+        total = plain_step[1]["loss"] + box_loss
+        assert weighted_logs["loss"] == pytest.approx(total, rel=1e-4)
+        assert "box_loss_before" in last
+
+    def test_compute_loss(self, images, targets, plain_step, devices):
+        changes, logs, _ = steps(DoublesTheLoss, images, targets, devices)
+        assert_same_changes(changes, plain_step[0], scale=2.0)
+        assert logs["loss"] == pytest.approx(2 * plain_step[1]["loss"], rel=1e-4)
+
+    def test_train_step(self, images, targets, devices):
+        changes, logs, last = steps(TakesNoStep, images, targets, devices)
+        assert not any(change.any() for change in changes)
+        assert logs["loss"] == 2 / devices
+        assert last == {}
+
+    def test_a_train_step_that_leaves_sums_to_the_optimizer(
+        self, images, targets, plain_step, devices
+    ):
+        changes, _, _ = steps(TakesKerasStep, images, targets, devices)
+        assert_same_changes(changes, plain_step[0])
+
+
+@tensorflow_only
+def test_train_on_batch_takes_the_step_of_the_subclass(images, targets):
+    changes, logs, _ = steps(TakesNoStep, images, targets, use_fit=False)
+    assert not any(change.any() for change in changes)
+    assert logs == {"loss": 2.0}
+
+
+@tensorflow_only
+def test_loss_weights_are_saved(images, targets, tmp_path):
+    model = tiny_detector()
+    model.compile(keras.optimizers.SGD(0.01), loss_weights={"class_loss": 0.5}, jit_compile=False)
+    model.save(tmp_path / "detector.keras")
+    assert keras.saving.load_model(tmp_path / "detector.keras").loss_weights == {"class_loss": 0.5}
+
+
+@tensorflow_only
+def test_an_inference_copy_has_the_weights_and_no_optimizer(images, targets):
+    model = tiny_detector()
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), jit_compile=False)
+    model.train_on_batch(images, targets)
+    copy = model.inference_copy()
+    assert not copy.compiled
+    assert_same_detections(copy(images), model(images))
 
 
 @tensorflow_only
 def test_the_samplers_go_on_where_they_were_saved(images, targets, tmp_path):
-    model = small_detector()
+    model = tiny_detector()
     model.compile(keras.optimizers.SGD(0.01), jit_compile=False)
     model.train_on_batch(images, targets)
 
@@ -158,7 +328,7 @@ def test_the_samplers_go_on_where_they_were_saved(images, targets, tmp_path):
         return [t.seed_generator.state.numpy().tolist() for t in (of.rpn_targets, of.roi_targets)]
 
     moved = states(model)
-    assert moved != states(small_detector())
+    assert moved != states(tiny_detector())
     # Validation draws the same each time and leaves the training's draws alone.
     first = model.test_on_batch(images, targets, return_dict=True)
     assert model.test_on_batch(images, targets, return_dict=True) == pytest.approx(first)
@@ -172,7 +342,7 @@ def test_xla_gives_the_same_predictions_and_the_same_training_step(images, targe
     models = []
     for jit_compile in (False, True):
         keras.utils.set_random_seed(0)
-        model = small_detector(**ALL_SAMPLES)
+        model = tiny_detector(**ALL_SAMPLES)
         # jit_compile=True refuses any op that XLA cannot compile: it is one program or an error.
         model.compile(keras.optimizers.SGD(0.01), jit_compile=jit_compile)
         before = model.predict(images, verbose=0)
@@ -186,25 +356,10 @@ def test_xla_gives_the_same_predictions_and_the_same_training_step(images, targe
 
 
 @tensorflow_only
-def test_two_replicas_of_one_image_make_the_step_of_one_replica_of_two(images, targets):
-    import tensorflow as tf
-
-    def step(strategy):
-        with strategy.scope():
-            keras.utils.set_random_seed(0)
-            model = small_detector(**ALL_SAMPLES)
-            model.compile(keras.optimizers.SGD(0.1, momentum=0.9), jit_compile=False)
-        before = model.get_weights()
-        data = tf.data.Dataset.from_tensor_slices((images, targets)).batch(2, drop_remainder=True)
-        history = model.fit(data, verbose=0).history
-        return before, model.get_weights(), {name: value[0] for name, value in history.items()}
-
-    _, one, one_losses = step(tf.distribute.get_strategy())
-    before, two, two_losses = step(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
-    assert two_losses == pytest.approx(one_losses, rel=1e-4)
-    assert max(np.abs(a - b).max() for a, b in zip(before, two, strict=True)) > 1e-3
-    for a, b in zip(one, two, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+def test_two_replicas_of_one_image_make_the_step_of_one_replica_of_two(images, targets, plain_step):
+    changes, logs, _ = steps(FasterRCNN, images, targets, devices=2)
+    assert logs == pytest.approx(plain_step[1], rel=1e-4)
+    assert_same_changes(changes, plain_step[0])
 
 
 @tensorflow_only
@@ -219,7 +374,7 @@ def test_degenerate_and_missing_objects_leave_loss_and_weights_finite(images):
         "float32",
     )
     labels = np.array([[0, 1, 2, 0], [-1, -1, -1, -1]])
-    model = small_detector()
+    model = tiny_detector()
     model.compile(keras.optimizers.SGD(0.01), jit_compile=False)
     data = tf.data.Dataset.from_tensors((images, {"boxes": bad, "labels": labels}))
     history = model.fit(data, verbose=0).history

@@ -5,7 +5,7 @@ from keras.ops import convert_to_numpy
 from keras_fpn.preprocessing import ImageNormalizer
 
 
-def test_each_channel_is_normalised_and_the_far_sides_are_padded_with_zeros():
+def test_each_channel_is_normalized_and_the_far_sides_are_padded_with_zeros():
     images = np.array([[[[10, 20, 30], [4, 5, 6]]]], "uint8")
     layer = ImageNormalizer(mean=(1, 2, 3), std=(1, 2, 4), size_divisor=4)
     expected = np.zeros((1, 4, 4, 3))
@@ -61,5 +61,5 @@ def test_blue_comes_first_for_a_bgr_backbone():
 
 
 def test_unknown_channel_order():
-    with pytest.raises(ValueError, match="`channel_order` is 'rgb' or 'bgr'; received 'BGR'"):
+    with pytest.raises(ValueError, match=r"`channel_order` .*'rgb', 'bgr'; received 'BGR'"):
         ImageNormalizer(channel_order="BGR")

@@ -6,6 +6,7 @@ A map is "relatively" within a tolerance where no value is off by more than that
 stored map's largest value; gradients are where their difference's norm is that share of theirs.
 """
 
+import contextlib
 import json
 import zlib
 from pathlib import Path
@@ -25,7 +26,7 @@ from torchvision_names import torchvision_array, torchvision_shapes, torchvision
 
 import keras_fpn
 from keras_fpn.detections import DetectionGenerator
-from keras_fpn.faster_rcnn import LOSS_NAMES
+from keras_fpn.faster_rcnn import FasterRCNN
 from keras_fpn.proposals import ProposalGenerator
 from keras_fpn.pyramid import FeaturePyramid
 from keras_fpn.roi_levels import assign_levels
@@ -61,13 +62,9 @@ def padded_batch(config):
     return {"images": images, "image_sizes": sizes}
 
 
-def detector_with_reference_weights(backbone, **numbers):
+def detector_with_reference_weights(backbone, **arguments):
     model = keras_fpn.build_fpn_faster_rcnn(
-        num_classes=20,
-        backbone=backbone,
-        normalization="frozen_batch_norm",
-        norm_epsilon=1e-5,
-        **numbers,
+        num_classes=20, backbone=backbone, normalization="frozen_batch_norm", **arguments
     )
     keras_fpn.load_torchvision_weights(model, reference_weights(torchvision_shapes(model)))
     return model
@@ -78,25 +75,27 @@ def resnet18():
     # The samplers take all there is: at most 64 regions and 3072 anchors, less than half positive.
     return detector_with_reference_weights(
         "resnet18",
-        rpn_pre_nms=200,
-        rpn_post_nms=100,
-        rpn_training_pre_nms=150,
-        rpn_training_post_nms=60,
-        rpn_samples=3072,
-        rpn_positive_fraction=0.5,
-        roi_samples=64,
-        roi_positive_fraction=0.5,
+        proposals={
+            "pre_nms": 200,
+            "post_nms": 100,
+            "training_pre_nms": 150,
+            "training_post_nms": 60,
+        },
+        rpn_targets={"num_samples": 3072, "positive_fraction": 0.5},
+        roi_targets={"num_samples": 64, "positive_fraction": 0.5},
     )
 
 
-def detector_from_file(config, folder, **numbers):
+def detector_from_file(config, folder, **arguments):
     """The detector that a file of the reference's weights, under its own names, leads to."""
     version_2 = {
-        "pyramid_normalization": "frozen_batch_norm",
-        "rpn_hidden_layers": 2,
-        "head_convolutions": 4,
-        "head_normalization": "frozen_batch_norm",
-        "head_hidden_layers": 1,
+        "pyramid": {"normalization": "frozen_batch_norm"},
+        "rpn_head": {"hidden_layers": 2},
+        "box_head": {
+            "convolutions": 4,
+            "normalization": "frozen_batch_norm",
+            "hidden_layers": 1,
+        },
     }
     plain = keras_fpn.build_fpn_faster_rcnn(
         num_classes=20,
@@ -107,33 +106,40 @@ def detector_from_file(config, folder, **numbers):
     if "detectron2" in config:
         weights = as_detectron2(weights, config["stem_scale"])
     np.savez(folder / "weights.npz", **weights)
-    return keras_fpn.build_fpn_faster_rcnn(weights=folder / "weights.npz", **numbers)
+    return keras_fpn.build_fpn_faster_rcnn(weights=folder / "weights.npz", **arguments)
 
 
-def run_stages(model, inputs, proposal_generator, detection_generator, their_proposals):
-    """What every stage makes of `inputs`, and the pooled regions of the reference's proposals."""
+@contextlib.contextmanager
+def stages_replaced(model, **stages):
+    """The detector with other stages in the place of its own."""
+    own = {name: getattr(model, name) for name in stages}
+    for name, stage in stages.items():
+        setattr(model, name, stage)
+    yield model
+    for name, stage in own.items():
+        setattr(model, name, stage)
+
+
+def run_stages(model, inputs, their_proposals):
+    """The results of every piece of the forward pass, and of the reference's own proposals."""
     sizes = inputs["image_sizes"]
-    normalized = model.preprocessing(inputs["images"], sizes)
-    maps = model.backbone(normalized)
-    pyramid = model.pyramid(maps)
-    objectness, deltas = model.rpn_head(pyramid)
-    anchors = model.anchors(normalized, pyramid)
-    proposals, scores = proposal_generator(objectness, deltas, anchors, sizes)
-    pooled_levels = {level: pyramid[level] for level in LEVELS[:-1]}
-    pooled = model.roi_pooling(pooled_levels, proposals)
-    detections = detection_generator(*model.box_head(pooled), proposals, scores, sizes)
-    pooled = model.roi_pooling(pooled_levels, their_proposals)
-    class_logits, box_deltas = model.box_head(pooled)
+    maps = model.backbone(model.preprocessing(inputs["images"], sizes))
+    images, pyramid = model.extract_features(inputs["images"], sizes)
+    proposals = model.propose_regions(images, pyramid, sizes)
+    outputs = model.classify_regions(pyramid, proposals.boxes)
+    detections = model.detections(*outputs, proposals.boxes, proposals.scores, sizes)
+    pooled_levels = {level: pyramid[level] for level in model.pyramid.roi_levels}
+    class_logits, box_deltas = model.classify_regions(pyramid, their_proposals)
     results = {
-        "normalized": normalized,
+        "normalized": images,
         "maps": {**maps, **pyramid},
-        "objectness": objectness,
-        "deltas": deltas,
-        "anchors": anchors,
-        "proposals": proposals,
-        "scores": scores,
+        "objectness": proposals.objectness,
+        "deltas": proposals.deltas,
+        "anchors": proposals.anchors,
+        "proposals": proposals.boxes,
+        "scores": proposals.scores,
         "detections": detections,
-        "pooled": pooled,
+        "pooled": model.roi_pooling(pooled_levels, their_proposals),
         "class_logits": class_logits,
         "box_deltas": box_deltas,
     }
@@ -155,32 +161,36 @@ def case(request, tmp_path_factory):
     case = load(request.param)
     case.inputs = padded_batch(case.config)
     numbers = case.config["arguments"]
+    stages = {}
     if request.param in FROM_FILES:
         model = detector_from_file(
             case.config,
             tmp_path_factory.mktemp("weights"),
-            rpn_pre_nms=numbers.get("rpn_pre_nms_top_n_test") or case.config["rpn_pre_nms"],
-            rpn_post_nms=numbers.get("rpn_post_nms_top_n_test") or case.config["rpn_post_nms"],
+            proposals={
+                "pre_nms": numbers.get("rpn_pre_nms_top_n_test") or case.config["rpn_pre_nms"],
+                "post_nms": numbers.get("rpn_post_nms_top_n_test") or case.config["rpn_post_nms"],
+            },
         )
-        generators = model.proposals, model.detections
     else:
         if case.config["backbone"] == "resnet18":
             model = request.getfixturevalue("resnet18")
         else:
             model = detector_with_reference_weights(case.config["backbone"])
-        post_nms = numbers.get("rpn_post_nms_top_n_test", 1000)
-        generators = (
-            ProposalGenerator(numbers.get("rpn_pre_nms_top_n_test", 1000), post_nms),
-            DetectionGenerator(score_threshold=numbers.get("box_score_thresh", 0.05)),
-        )
+        stages = {
+            "proposals": ProposalGenerator(
+                numbers.get("rpn_pre_nms_top_n_test", 1000),
+                numbers.get("rpn_post_nms_top_n_test", 1000),
+            ),
+            "detections": DetectionGenerator(numbers.get("box_score_thresh", 0.05)),
+        }
     # Torchvision counts the background, as its first class; in Detectron2 it is the last, as here.
     case.first_label = 0 if "detectron2" in case.config else 1
-    proposals, case.counts = padded_rows(case.stored, "proposals", generators[0].post_nms)
-
     bias = model.rpn_head.deltas.bias
     original = convert_to_numpy(bias)
     bias.assign(case.stored.get("weights:rpn.head.bbox_pred.bias", original))
-    case.ours = run_stages(model, case.inputs, *generators, proposals)
+    with stages_replaced(model, **stages):
+        proposals, case.counts = padded_rows(case.stored, "proposals", model.proposals.post_nms)
+        case.ours = run_stages(model, case.inputs, proposals)
     bias.assign(original)
     return case
 
@@ -296,7 +306,10 @@ class TestInference:
 
     def test_levels_of_the_proposals(self, case):
         proposals = [case.stored[f"proposals_{i}"] for i in range(len(case.counts))]
-        levels = convert_to_numpy(assign_levels(np.concatenate(proposals)))
+        levels = assign_levels(
+            np.concatenate(proposals), 2, 5, canonical_level=4, canonical_size=224
+        )
+        levels = convert_to_numpy(levels)
         np.testing.assert_array_equal(levels, case.stored["roi_levels"])
 
     def test_detections(self, case):
@@ -332,19 +345,17 @@ class TestTraining:
     def test_losses(self, training_case):
         case = training_case
         losses = case.model.compute_losses(case.inputs, case.targets, training=True)
-        assert tuple(losses) == LOSS_NAMES
+        assert tuple(losses) == FasterRCNN.loss_names
         for name, loss in losses.items():
             expected = float(case.stored[THEIR_LOSSES[name]])
             assert float(convert_to_numpy(loss)) == pytest.approx(expected, rel=1e-4, abs=0)
 
     def test_proposals(self, training_case):
         case, model = training_case, training_case.model
-        sizes = case.inputs["image_sizes"]
-        normalized = model.preprocessing(case.inputs["images"], sizes)
-        pyramid = model.pyramid(model.backbone(normalized))
-        anchors = model.anchors(normalized, pyramid)
-        objectness, deltas = model.rpn_head(pyramid)
-        ours = model.proposals(objectness, deltas, anchors, sizes, training=True)
+        images, image_sizes = case.inputs.values()
+        images, pyramid = model.extract_features(images, image_sizes)
+        proposals = model.propose_regions(images, pyramid, image_sizes, training=True)
+        ours = proposals.boxes, proposals.scores
         for i, (boxes, scores) in enumerate(zip(*map(convert_to_numpy, ours), strict=True)):
             no_labels = np.zeros(len(boxes))
             theirs = case.stored[f"proposals_{i}"], case.stored[f"proposal_scores_{i}"]
@@ -358,7 +369,12 @@ class TestTraining:
         }
         anchors = case.model.anchors(np.zeros((1, height, width, 3)), maps)
         anchors = np.concatenate([convert_to_numpy(anchors[level]) for level in LEVELS])
-        targets = case.model.rpn_targets(anchors, case.targets["boxes"], case.is_object)
+        targets = case.model.rpn_targets(
+            anchors,
+            case.targets["boxes"],
+            case.is_object,
+            delta_weights=case.model.proposals.delta_weights,
+        )
         targets = {name: convert_to_numpy(value) for name, value in targets.items()}
         for i in range(len(case.is_object)):
             matches = stored[f"anchor_matches_{i}"]
@@ -378,7 +394,12 @@ class TestTraining:
         proposals, counts = padded_rows(stored, "proposals", 60)
         scores = np.where(np.arange(60) < np.array(counts)[:, None], 0.5, -1.0)
         targets = case.model.roi_targets(
-            proposals, scores, case.targets["boxes"], case.targets["labels"], case.is_object
+            proposals,
+            scores,
+            case.targets["boxes"],
+            case.targets["labels"],
+            case.is_object,
+            delta_weights=case.model.detections.delta_weights,
         )
         targets = {name: convert_to_numpy(value) for name, value in targets.items()}
         for i in range(len(case.is_object)):
@@ -411,13 +432,13 @@ def test_losses_of_a_detector_from_a_file(name, tmp_path):
     model = detector_from_file(
         config,
         tmp_path,
-        rpn_training_pre_nms=150,
-        rpn_training_post_nms=arguments.get("rpn_post_nms_top_n_train", 60),
+        proposals={
+            "training_pre_nms": 150,
+            "training_post_nms": arguments.get("rpn_post_nms_top_n_train", 60),
+        },
         # Detectron2 divides by the number that it was to sample, torchvision by what it did.
-        rpn_samples=config.get("rpn_samples", 3072),
-        rpn_positive_fraction=0.5,
-        roi_samples=128,
-        roi_positive_fraction=0.5,
+        rpn_targets={"num_samples": config.get("rpn_samples", 3072), "positive_fraction": 0.5},
+        roi_targets={"num_samples": 128, "positive_fraction": 0.5},
     )
     targets = {
         "boxes": case.stored["ground_truth_boxes_0"][None],

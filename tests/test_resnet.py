@@ -237,8 +237,8 @@ class TestNormalization:
         assert len(norms) == 20
         assert all(norm.synchronized and norm.momentum == 0.9 for norm in norms)
 
-    def test_folded_network_has_biases_in_place_of_norms(self, rng):
-        model = ResNet(18, normalization="folded")
+    def test_without_normalization_there_are_biases(self, rng):
+        model = ResNet(18, normalization=None)
         convolutions = {x.name for x in ResNet(18).layers if "conv" in x.name}
         assert {x.name for x in model.layers if "conv" in x.name} == convolutions
         assert not any("norm" in x.name for x in model.layers)
@@ -249,7 +249,7 @@ class TestNormalization:
         expected = np.maximum(numpy_convolution(image, kernel, 2) + bias, 0)
         found = keras.Model(model.inputs[0], model.get_layer("stem_relu").output)(image[None])
         np.testing.assert_allclose(convert_to_numpy(found)[0], expected, rtol=1e-4, atol=1e-3)
-        assert ResNet.from_config(model.get_config()).normalization == "folded"
+        assert ResNet.from_config(model.get_config()).normalization is None
 
     def test_epsilon_reaches_every_norm(self):
         for normalization in ("frozen_batch_norm", "batch_norm", "group_norm"):
@@ -322,21 +322,52 @@ class TestSerialization:
         assert len(loaded.trainable_weights) == len(model.trainable_weights)
 
 
+class TestStages:
+    @pytest.fixture(scope="class")
+    def model(self):
+        model = ResNet(18, normalization="frozen_batch_norm", image_shape=(75, 101, 3))
+        randomize_norms(model, np.random.default_rng(0))
+        return model
+
+    def test_chained_they_are_the_whole_network(self, model, rng):
+        x = images = rng.normal(size=(2, 75, 101, 3)).astype("float32")
+        for level, expected in model(images).items():
+            x = model.stage(level)(x)
+            np.testing.assert_array_equal(convert_to_numpy(x), convert_to_numpy(expected))
+
+    def test_c5_serves_as_a_head_of_regions_whatever_the_image_shape(self, model, rng):
+        regions = rng.normal(size=(3, 14, 14, 256)).astype("float32")
+        head = model.stage("C5")
+        free = ResNet(18, normalization="frozen_batch_norm")
+        free.set_weights(model.get_weights())
+        block = keras.Model(free.output["C4"], free.output["C5"])
+        found = convert_to_numpy(head(regions))
+        assert found.shape == (3, 7, 7, 512)
+        np.testing.assert_array_equal(found, convert_to_numpy(block(regions)))
+        names = {layer.name for layer in head.layers if layer.weights}
+        assert names == {x.name for x in model.layers if x.weights and x.name.startswith("stage5")}
+        assert all(head.get_layer(name) is model.get_layer(name) for name in names)
+
+    def test_an_unknown_level_is_refused(self, model):
+        with pytest.raises(ValueError, match=r"`level` .*'C2', 'C3', 'C4', 'C5'; received 'C6'"):
+            model.stage("C6")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"depth": 51}, r"depth must be one of \[18, 34, 50, 101, 152\], not 51"),
-        ({"normalization": "batchnorm"}, "not 'batchnorm'; did you mean 'batch_norm'"),
-        ({"normalization": None}, "normalization must be one of .*, not None"),
-        ({"frozen_stages": 6}, "frozen_stages must be an int from 0 .* to 5 .*, not 6"),
-        ({"frozen_stages": -1}, "frozen_stages must be an int from 0 .* to 5 .*, not -1"),
-        ({"frozen_stages": 2.0}, "frozen_stages must be an int from 0 .* to 5 .*, not 2.0"),
-        ({"image_shape": (64, 64, 1)}, r"must be \(height, width, 3\), not \(64, 64, 1\)"),
-        ({"image_shape": (64, 3)}, r"must be \(height, width, 3\), not \(64, 3\)"),
-        ({"depth": 34, "groups": 32}, "groups=32 .* need the bottleneck blocks .* not depth 34"),
-        ({"depth": 50, "groups": 0}, "groups must be an int of at least 1, not 0"),
-        ({"depth": 50, "width_per_group": 4.0}, "width_per_group must be an int .*, not 4.0"),
-        ({"depth": 34, "stride_in_1x1": True}, "needs the bottleneck blocks .* not depth 34"),
+        ({"depth": 51}, r"`depth` .*\[18, 34, 50, 101, 152\]; received 51"),
+        ({"normalization": "batchnorm"}, "`normalization` .*'batchnorm'; did you mean 'batch_norm"),
+        ({"norm_epsilon": -1e-5}, "`norm_epsilon` .*; received -1e-05"),
+        ({"frozen_stages": 6}, "`frozen_stages` .* 5 .*; received 6"),
+        ({"frozen_stages": -1}, "`frozen_stages` .*; received -1"),
+        ({"frozen_stages": 2.0}, r"`frozen_stages` .*; received 2\.0"),
+        ({"image_shape": (64, 64, 1)}, r"`image_shape` .*; received \(64, 64, 1\)"),
+        ({"image_shape": (64, 3)}, r"`image_shape` .*; received \(64, 3\)"),
+        ({"depth": 34, "groups": 32}, "groups=32 .* depth 50, 101 or 152, not depth 34"),
+        ({"depth": 50, "groups": 0}, "`groups` .*; received 0"),
+        ({"depth": 50, "width_per_group": 4.0}, r"`width_per_group` .*; received 4\.0"),
+        ({"depth": 34, "stride_in_1x1": True}, "stride_in_1x1=True .* not depth 34"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -54,7 +54,7 @@ def test_one_pixel_by_hand(features):
 
 
 def test_all_levels_share_one_head(features):
-    head = RPNHead(channels=8)
+    head = RPNHead(3, channels=8)
     same = {"P2": features["P2"], "P3": features["P2"]}
     for predictions in head(same):
         np.testing.assert_array_equal(
@@ -64,9 +64,16 @@ def test_all_levels_share_one_head(features):
 
 
 def test_more_convolutions_follow_one_another(features):
-    head = RPNHead(channels=8, hidden_layers=2)
+    head = RPNHead(3, channels=8, hidden_layers=2)
     objectness, _ = head(features)
     first, second = head.hidden
     expected = head.objectness(second(first(features["P3"])))
     np.testing.assert_array_equal(convert_to_numpy(objectness["P3"]), convert_to_numpy(expected))
     assert len(head.weights) == 8
+
+
+def test_the_channels_are_those_of_the_input_unless_given(features):
+    head, given = RPNHead(3), RPNHead(3, channels=8)
+    head(features), given(features)
+    assert [layer.filters for layer in (*head.hidden, *given.hidden)] == [4, 8]
+    assert RPNHead.from_config(head.get_config()).channels is None

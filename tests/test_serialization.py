@@ -9,10 +9,13 @@ from keras.ops import convert_to_numpy
 
 from keras_fpn.anchors import AnchorGenerator
 from keras_fpn.box_head import BoxHead
+from keras_fpn.builder import STAGES
 from keras_fpn.detections import DetectionGenerator
+from keras_fpn.losses import RoILoss, RPNLoss
 from keras_fpn.preprocessing import ImageNormalizer
 from keras_fpn.proposals import ProposalGenerator
 from keras_fpn.pyramid import FeaturePyramid
+from keras_fpn.resnet import ResNet
 from keras_fpn.roi_align import PyramidRoIAlign
 from keras_fpn.rpn import RPNHead
 from keras_fpn.targets import RoITargets, RPNTargets
@@ -34,6 +37,12 @@ def boxes(count):
     return np.concatenate([corners, corners + sides], axis=-1).astype("float32")
 
 
+SAMPLES = {
+    "positive": np.array([[True, True, False]]),
+    "sampled": np.ones((1, 3), bool),
+    "deltas": RANDOM.normal(size=(1, 3, 4)).astype("float32"),
+}
+
 # A layer whose every argument is not its default, and what it is called with.
 LAYERS = [
     (
@@ -43,7 +52,7 @@ LAYERS = [
     (FeaturePyramid(3, "frozen_batch_norm", 0.1), (maps(2, C2=8, C3=4),)),
     (RPNHead(2, 5, 2), (maps(3, P2=4, P3=2),)),
     (
-        AnchorGenerator({"P2": 8, "P3": 20}, (0.25, 1.0), False, {"P2": 3, "P3": 7}),
+        AnchorGenerator(((8, 12), (20, 30)), (0.25, 1.0), False, (3, 7)),
         (np.zeros((1, 16, 16, 3), "float32"), maps(1, P2=4, P3=2)),
     ),
     (
@@ -66,12 +75,40 @@ LAYERS = [
         ),
     ),
     (
-        RPNTargets(0.6, 0.2, 6, 0.4, (1.0, 2.0, 3.0, 4.0), seed=5),
-        (boxes(20)[0], boxes(2), np.array([[True, True]])),
+        RPNTargets(0.6, 0.2, 6, 0.4, seed=5),
+        {
+            "anchors": boxes(20)[0],
+            "boxes": boxes(2),
+            "is_object": np.array([[True, True]]),
+            "delta_weights": (1.0, 2.0, 3.0, 4.0),
+        },
     ),
     (
-        RoITargets(0.4, 6, 0.3, (1.0, 2.0, 3.0, 4.0), seed=6),
-        (boxes(9), np.ones((1, 9), "float32"), boxes(2), np.array([[1, 0]]), np.ones((1, 2), bool)),
+        RoITargets(0.4, 6, 0.3, seed=6),
+        {
+            "proposals": boxes(9),
+            "scores": np.ones((1, 9), "float32"),
+            "boxes": boxes(2),
+            "labels": np.array([[1, 0]]),
+            "is_object": np.ones((1, 2), bool),
+            "delta_weights": (1.0, 2.0, 3.0, 4.0),
+        },
+    ),
+    (
+        RPNLoss(0.5),
+        (
+            maps(1, P2=3, P3=2),
+            maps(4, P2=3, P3=2),
+            SAMPLES | {"indices": np.array([[5, 11, 0]])},
+        ),
+    ),
+    (
+        RoILoss(0.5),
+        (
+            RANDOM.normal(size=(1, 3, 5)).astype("float32"),
+            RANDOM.normal(size=(1, 3, 4, 4)).astype("float32"),
+            SAMPLES | {"labels": np.array([[3, 0, -1]])},
+        ),
     ),
 ]
 
@@ -80,7 +117,8 @@ LAYERS = [
     ("layer", "arguments"), LAYERS, ids=[type(layer).__name__ for layer, _ in LAYERS]
 )
 def test_a_layer_is_rebuilt_from_its_configuration(layer, arguments):
-    default = type(layer)(**({"num_classes": 9} if isinstance(layer, BoxHead) else {}))
+    required = {BoxHead: {"num_classes": 9}, RPNHead: {"anchors_per_location": 9}}
+    default = type(layer)(**required.get(type(layer), {}))
     config = layer.get_config()
     common = {"name", "trainable", "dtype"}
     assert all(config[name] != default.get_config()[name] for name in config.keys() - common)
@@ -91,13 +129,16 @@ def test_a_layer_is_rebuilt_from_its_configuration(layer, arguments):
     assert type(rebuilt) is type(layer)
     assert rebuilt.get_config() == config
 
-    expected = keras.tree.map_structure(convert_to_numpy, layer(*arguments))
+    def called(layer):
+        return layer(**arguments) if isinstance(arguments, dict) else layer(*arguments)
+
+    expected = keras.tree.map_structure(convert_to_numpy, called(layer))
     rebuilt.build_from_config(layer.get_build_config())
     rebuilt.set_weights(layer.get_weights())
     if hasattr(rebuilt, "seed_generator"):
         # The first call has moved the generator on; a new one begins where the first began.
         rebuilt = type(layer).from_config(config)
-    found = keras.tree.map_structure(convert_to_numpy, rebuilt(*arguments))
+    found = keras.tree.map_structure(convert_to_numpy, called(rebuilt))
     keras.tree.map_structure(np.testing.assert_array_equal, found, expected)
 
 
@@ -108,3 +149,7 @@ def test_a_frozen_stage_stays_frozen(detector, stage):
     model = type(detector).from_config(config)
     assert not getattr(model, stage).trainable_variables
     assert len(model.trainable_variables) > 20
+
+
+def test_every_stage_is_here():
+    assert {type(layer) for layer, _ in LAYERS} == set(STAGES.values()) - {ResNet}

@@ -12,6 +12,9 @@ LABELS = np.array([[2, 0, -1], [-1, -1, -1]])
 IS_OBJECT = LABELS >= 0
 
 
+PLAIN = (1.0, 1.0, 1.0, 1.0)
+
+
 def to_numpy(targets):
     return {name: convert_to_numpy(value) for name, value in targets.items()}
 
@@ -29,8 +32,12 @@ class TestRPNTargets:
         "float32",
     )
 
+    def targets(self, num_samples, weights=PLAIN):
+        layer = RPNTargets(num_samples=num_samples, seed=0)
+        return to_numpy(layer(self.ANCHORS, BOXES, IS_OBJECT, delta_weights=weights))
+
     def test_by_hand(self):
-        targets = to_numpy(RPNTargets(num_samples=6, seed=0)(self.ANCHORS, BOXES, IS_OBJECT))
+        targets = self.targets(6)
         assert set(targets) == {"indices", "positive", "sampled", "deltas"}
         assert set(targets["indices"][0, :2]) == {0, 3}
         np.testing.assert_array_equal(targets["positive"][0], [1, 1, 0, 0, 0, 0])
@@ -38,11 +45,11 @@ class TestRPNTargets:
         np.testing.assert_array_equal(targets["sampled"][0], [1, 1, 1, 1, 0, 0])
         of = dict(zip(targets["indices"][0, :2], targets["deltas"][0, :2], strict=True))
         np.testing.assert_allclose(of[0], [0, 0, 0, 0], atol=1e-6)
-        # From a centre of 54 to 60 on a height of 28; the height grows by 40 / 28.
+        # From a center of 54 to 60 on a height of 28; the height grows by 40 / 28.
         np.testing.assert_allclose(of[3], [0, 6 / 28, 0, np.log(40 / 28)], atol=1e-6)
 
     def test_without_objects_all_anchors_are_background(self):
-        targets = to_numpy(RPNTargets(num_samples=6, seed=0)(self.ANCHORS, BOXES, IS_OBJECT))
+        targets = self.targets(6)
         assert set(targets["indices"][1]) == set(range(6))
         assert not targets["positive"][1].any()
         assert targets["sampled"][1].all()
@@ -51,16 +58,14 @@ class TestRPNTargets:
     def test_the_best_anchor_of_an_object_is_positive_however_little_it_overlaps(self):
         anchors = np.array([[0, 0, 200, 200], [0, 0, 5, 5], [90, 90, 99, 99]], "float32")
         boxes = np.array([[[0, 0, 20, 20]]], "float32")
-        targets = to_numpy(RPNTargets(num_samples=3, seed=0)(anchors, boxes, np.array([[True]])))
+        layer = RPNTargets(num_samples=3, seed=0)
+        targets = to_numpy(layer(anchors, boxes, np.array([[True]]), delta_weights=PLAIN))
         assert targets["indices"][0, 0] == 1
         np.testing.assert_array_equal(targets["positive"][0], [True, False, False])
 
     def test_deltas_carry_the_weights(self):
         weights = (10.0, 10.0, 5.0, 5.0)
-        plain, weighted = (
-            to_numpy(RPNTargets(num_samples=2, seed=0, **arguments)(self.ANCHORS, BOXES, IS_OBJECT))
-            for arguments in ({}, {"delta_weights": weights})
-        )
+        plain, weighted = self.targets(2), self.targets(2, weights)
         np.testing.assert_array_equal(plain["indices"], weighted["indices"])
         np.testing.assert_allclose(weighted["deltas"], plain["deltas"] * weights, rtol=1e-6)
 
@@ -83,7 +88,10 @@ class TestRoITargets:
     @pytest.fixture(scope="class")
     def targets(self):
         layer = RoITargets(num_samples=8, positive_fraction=0.5, seed=0)
-        return to_numpy(layer(self.PROPOSALS, self.SCORES, BOXES, LABELS, IS_OBJECT))
+        weights = (10.0, 10.0, 5.0, 5.0)
+        return to_numpy(
+            layer(self.PROPOSALS, self.SCORES, BOXES, LABELS, IS_OBJECT, delta_weights=weights)
+        )
 
     def test_positives_are_the_objects_themselves_and_what_overlaps_them_by_half(self, targets):
         np.testing.assert_array_equal(targets["positive"][0], [1, 1, 1, 0, 0, 0, 0, 0])
@@ -133,7 +141,8 @@ class TestRowsThatAreNoObjects:
         # The samplers take everything, so that the losses are not random.
         keras.utils.set_random_seed(0)
         return small_detector(
-            rpn_samples=4000, roi_samples=200, roi_positive_fraction=0.5, frozen_stages=0
+            rpn_targets={"num_samples": 4000},
+            roi_targets={"num_samples": 200, "positive_fraction": 0.5},
         )
 
     def targets_with_degenerate_rows(self, targets):

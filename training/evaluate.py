@@ -1,6 +1,8 @@
-"""Evaluates a detector with COCO's metrics: `keras-fpn evaluate`."""
+"""`keras-fpn evaluate` from a checkout."""
 
-from keras_fpn.runs.evaluate import main
+import sys
+
+from keras_fpn.runs.command import main
 
 if __name__ == "__main__":
-    main()
+    main(["evaluate", *sys.argv[1:]])

@@ -1,6 +1,8 @@
-"""Exports a detector for TensorFlow Serving: `keras-fpn export`."""
+"""`keras-fpn export` from a checkout."""
 
-from keras_fpn.runs.export import main
+import sys
+
+from keras_fpn.runs.command import main
 
 if __name__ == "__main__":
-    main()
+    main(["export", *sys.argv[1:]])

@@ -1,6 +1,8 @@
-"""Detects objects in image files: `keras-fpn predict`."""
+"""`keras-fpn predict` from a checkout."""
 
-from keras_fpn.runs.predict import main
+import sys
+
+from keras_fpn.runs.command import main
 
 if __name__ == "__main__":
-    main()
+    main(["predict", *sys.argv[1:]])

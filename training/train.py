@@ -1,6 +1,8 @@
-"""Trains a detector: `keras-fpn train`."""
+"""`keras-fpn train` from a checkout."""
 
-from keras_fpn.runs.train import main
+import sys
+
+from keras_fpn.runs.command import main
 
 if __name__ == "__main__":
-    main()
+    main(["train", *sys.argv[1:]])

@@ -1,8 +1,8 @@
-"""Asks a TensorFlow Serving server for detections over gRPC and draws them.
+"""Requests detections from TensorFlow Serving over gRPC and draws them.
 
     python grpc_client.py photo.jpg other.png --output found
 
-Needs tensorflow-serving-api, and Pillow for the pictures.
+Needs tensorflow-serving-api and Pillow.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--server", default="localhost:8500", help="host and port")
     parser.add_argument("--model", default="detector", help="name of the model")
-    parser.add_argument("--output", required=True, help="folder for the pictures")
+    parser.add_argument("--output", required=True, help="folder for the drawings")
     parser.add_argument("--score-threshold", type=float, default=0.5)
     options = parser.parse_args()
 

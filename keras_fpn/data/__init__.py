@@ -6,15 +6,14 @@
     batches = training_batches(dataset, batch_size=2)
     model.fit(batches, steps_per_epoch=steps_per_epoch(dataset, 2), epochs=12)
 
-A folder in COCO's layout needs only TensorFlow; TensorFlow Datasets, COCO's metrics and drawing
-need packages of the `training` extra. A module, and TensorFlow with it, is imported when one of its
-names is first used.
+Reading a folder in COCO's layout requires TensorFlow only; TensorFlow Datasets, COCO's metrics and
+drawing require packages of the `training` extra. The names below are imported on first use.
 """
 
 import importlib
 from typing import Any
 
-_MODULE_OF = {
+_MODULES = {
     "COCO_CLASS_NAMES": "coco_classes",
     "COCO_METRICS": "coco_metrics",
     "CocoEvaluation": "coco_metrics",
@@ -30,14 +29,14 @@ _MODULE_OF = {
     "steps_per_epoch": "pipeline",
     "training_batches": "pipeline",
 }
-__all__ = list(_MODULE_OF)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *_MODULES})

@@ -1,4 +1,4 @@
-"""COCO's 80 classes, and the ids that it gives them: 1 to 90, ten of them unused."""
+"""COCO's 80 classes and their category ids: 1 to 90, ten of which are unused."""
 
 COCO_IDS_AND_NAMES = {
     1: "person",
@@ -86,5 +86,5 @@ COCO_CLASS_NAMES = tuple(COCO_IDS_AND_NAMES.values())
 
 
 def coco_names_by_id() -> tuple[str, ...]:
-    """A name for each of the ids 1 to 90, "N/A" for the unused."""
+    """Returns a name for each id in 1..90, "N/A" for unused ids."""
     return tuple(COCO_IDS_AND_NAMES.get(number, "N/A") for number in range(1, 91))

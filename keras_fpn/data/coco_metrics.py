@@ -1,4 +1,4 @@
-"""COCO's metrics of detections: the results format, AP and AR."""
+"""COCO's detection metrics: AP and AR, and the results format."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -28,15 +28,15 @@ def coco_results(
     original_sizes: np.ndarray,
     category_ids: Sequence[int],
 ) -> list[dict]:
-    """Detections of a batch in COCO's results format, in each image's original pixels.
+    """Converts the detections of a batch to COCO's results format, in original pixels.
 
     Args:
-        detections: `{"boxes": [B, D, 4], "scores": [B, D], "labels": [B, D]}` as the model gives
-            them, boxes as xyxy pixels of the batch.
+        detections: `{"boxes": [B, D, 4], "scores": [B, D], "labels": [B, D]}` as predicted, boxes
+            as xyxy in pixels of the padded batch, rows of label -1 being padding.
         image_ids: B ids.
-        image_sizes: `[B, 2]` height and width of each image inside the batch.
-        original_sizes: `[B, 2]` height and width of each image before it was resized.
-        category_ids: the data set's id of every label.
+        image_sizes: `[B, 2]` height and width of each image within the batch.
+        original_sizes: `[B, 2]` height and width of each image before resizing.
+        category_ids: the data set's category id of each label.
 
     Returns:
         A list of `{"image_id", "category_id", "bbox": [x, y, width, height], "score"}`.
@@ -62,13 +62,13 @@ def coco_results(
 
 
 class CocoEvaluation(NamedTuple):
-    """What `coco_evaluation` measures.
+    """Result of `coco_evaluation`.
 
     Attributes:
-        metrics: each of `COCO_METRICS` in 0..1, or -1 where the ground truth has nothing to measure
-            (no large object, say); and `"AP/<category name>"` for every category.
-        precision: `[10, 101, K]`, at IoU thresholds 0.50, 0.55, ..., 0.95, at recalls 0, 0.01, ...,
-            1 and for each category in the order of ids; -1 where there is nothing to measure.
+        metrics: each of `COCO_METRICS` and `"AP/<category name>"` of each category, in 0..1, or -1
+            if undefined (for example APl without large objects).
+        precision: `[10, 101, K]`, for IoU thresholds 0.50, 0.55, ..., 0.95, recalls 0, 0.01, ..., 1
+            and categories in the order of their ids; -1 if undefined.
     """
 
     metrics: dict[str, float]
@@ -76,16 +76,16 @@ class CocoEvaluation(NamedTuple):
 
 
 def coco_evaluation(ground_truth: Mapping, results: Sequence[Mapping]) -> CocoEvaluation:
-    """AP and AR of COCO's bounding-box challenge.
+    """Computes AP and AR as in COCO's bounding-box challenge.
 
-    Crowd regions absorb detections without counting, as COCO has it.
+    As in COCO, detections matched to crowd regions are ignored.
 
     Args:
-        ground_truth: COCO's dictionary of `images`, `annotations` and `categories`.
-        results: detections in COCO's results format, of images in `ground_truth`.
+        ground_truth: `{"images", "annotations", "categories"}` in COCO's format.
+        results: detections in COCO's results format, for images in `ground_truth`.
 
     Raises:
-        ValueError: for results of images that the ground truth does not know.
+        ValueError: if a result belongs to an image that is not in `ground_truth`.
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -93,7 +93,7 @@ def coco_evaluation(ground_truth: Mapping, results: Sequence[Mapping]) -> CocoEv
     unknown = sorted({result["image_id"] for result in results} - known)
     if unknown:
         raise ValueError(
-            f"Results are of images in the ground truth; received unknown image ids {unknown[:5]}."
+            f"`results` must be for images in `ground_truth`; received image ids {unknown[:5]}."
         )
 
     def silent(*_):
@@ -105,7 +105,7 @@ def coco_evaluation(ground_truth: Mapping, results: Sequence[Mapping]) -> CocoEv
     evaluation.run()
     metrics = dict(zip(COCO_METRICS, map(float, evaluation.stats[:12]), strict=True))
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
-    # Axes: IoU threshold, recall, category, area range (0 is all), detections an image (-1 is 100).
+    # Axes: IoU threshold, recall, category, area range (0: all), detections per image (-1: 100).
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     for index, category_id in enumerate(evaluation.params.catIds):
         of_category = precision[:, :, index]

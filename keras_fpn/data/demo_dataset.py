@@ -1,6 +1,6 @@
-"""A small detection data set of drawn shapes, made on the spot: `make demo` trains on it.
+"""A small synthetic detection data set of drawn shapes, which `make demo` trains on.
 
-python training/demo_dataset.py --data-dir demo/data --unseen-images demo/unseen
+python -m keras_fpn.data.demo_dataset --data-dir demo/data --unseen-images demo/unseen
 """
 
 import argparse
@@ -18,15 +18,15 @@ from PIL import Image, ImageDraw
 CLASS_NAMES = ("circle", "square", "triangle", "star")
 
 _SEED = 20170421
-_OVERSAMPLING = 4  # Shapes are drawn this much larger and averaged down: antialiasing.
-_MIN_VISIBLE = 0.7  # The share of a shape that later shapes leave visible.
+_OVERSAMPLING = 4  # Shapes are drawn at this scale and averaged, for antialiasing.
+_MIN_VISIBLE = 0.7  # Fraction of a shape that must not be covered by later shapes.
 
 
 class KerasFpnShapes(tfds.core.GeneratorBasedBuilder):
-    """Drawn shapes, 32 to 150 pixels, on textured backgrounds, with features as COCO's."""
+    """Drawn shapes, 32 to 150 pixels, on textured backgrounds, with COCO's features."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012 - as TFDS declares it
+    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012 - TFDS's convention
     NUM_IMAGES = {"train": 600, "validation": 100}  # noqa: RUF012
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -89,8 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data-dir", required=True, help="where TFDS writes the data set")
-    parser.add_argument("--unseen-images", help="folder for 12 images that are in no split")
+    parser.add_argument("--data-dir", required=True, help="directory for the TFDS data set")
+    parser.add_argument("--unseen-images", help="directory for 12 images outside of all splits")
     options = parser.parse_args(arguments)
     prepare(options.data_dir)
     if options.unseen_images:
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def prepare(data_dir: str) -> None:
-    """Write the data set under `data_dir` where it is not there yet; some seconds, no network."""
+    """Writes the data set to `data_dir` unless it exists, in a few seconds and offline."""
     tfds.disable_progress_bar()
     KerasFpnShapes(data_dir=data_dir).download_and_prepare(
         download_config=tfds.download.DownloadConfig(try_download_gcs=False)
@@ -110,27 +110,27 @@ def prepare(data_dir: str) -> None:
 
 
 def _random(split: str, number: int) -> np.random.Generator:
-    # A stream of its own for each image: the first ones stay when the number of images changes.
+    # Each image has its own stream, so changing the number of images keeps the first ones.
     return np.random.default_rng([_SEED, zlib.crc32(split.encode()), number])
 
 
 def draw_image(
     random: np.random.Generator,
 ) -> tuple[np.ndarray, list[tuple[int, tuple[float, float, float, float], int]]]:
-    """Draw one picture.
+    """Draws one image.
 
     Returns:
-        `pixels`: uint8 `[height, width, 3]`; `objects`: for each shape its label, its box (x1, y1,
-        x2, y2) in pixels, tight around what shows of it, and its visible area in pixels.
+        `pixels`: uint8 `[height, width, 3]`. `objects`: for each shape its label, the tight box
+        (x1, y1, x2, y2) of its visible part in pixels, and its visible area in pixels.
     """
     width, height = (int(edge) for edge in random.integers(224, 289, 2))
     canvas = _background(random, height, width)
     labels: list[int] = []
     areas: list[float] = []
-    visible: list[np.ndarray] = []  # [height, width], the share of each pixel that shows the shape
-    wanted = int(random.integers(1, 7))
-    for _ in range(8 * wanted):
-        if len(labels) == wanted:
+    visible: list[np.ndarray] = []  # [height, width], fraction of each pixel showing the shape
+    target = int(random.integers(1, 7))
+    for _ in range(8 * target):
+        if len(labels) == target:
             break
         label = int(random.integers(len(CLASS_NAMES)))
         window, cover = _shape(random, CLASS_NAMES[label], height, width)
@@ -141,8 +141,8 @@ def draw_image(
             if lost > 0
         ):
             continue
-        colour = _contrasting_colour(random, canvas[window], cover)
-        canvas[window] += (colour - canvas[window]) * cover[..., None]
+        color = _contrasting_color(random, canvas[window], cover)
+        canvas[window] += (color - canvas[window]) * cover[..., None]
         for shape in visible:
             shape[window] *= 1 - cover
         shape = np.zeros((height, width), np.float32)
@@ -160,17 +160,17 @@ def draw_image(
 def _shape(
     random: np.random.Generator, name: str, height: int, width: int
 ) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Draw one shape in a random place, size and turn.
+    """Draws one shape at a random position, size and rotation.
 
     Returns:
-        `window`: rows and columns of the picture; `cover`: float32, the share that the shape has of
-        each pixel of the window.
+        `window`: rows and columns of the image. `cover`: float32, the fraction of each pixel of the
+        window that the shape covers.
     """
-    # Uniform in the logarithm: small shapes are as frequent as large ones, an octave each.
+    # Log-uniform: each octave of sizes is equally frequent.
     radius = 0.5 * math.exp(random.uniform(math.log(32), math.log(150)))
-    centre_x = random.uniform(radius, width - radius)
-    centre_y = random.uniform(radius, height - radius)
-    # Upright, give or take: a small network from random weights learns that in minutes.
+    center_x = random.uniform(radius, width - radius)
+    center_y = random.uniform(radius, height - radius)
+    # Roughly upright, which a small network with random initial weights learns in minutes.
     angle = random.uniform(-0.25, 0.25) - (math.pi / 4 if name == "square" else math.pi / 2)
     corners, radii = {
         "circle": (90, [radius]),
@@ -178,13 +178,13 @@ def _shape(
         "triangle": (3, [radius]),
         "star": (10, [radius, 0.45 * radius]),
     }[name]
-    left, top = math.floor(centre_x - radius), math.floor(centre_y - radius)
-    right = min(math.ceil(centre_x + radius) + 1, width)
-    bottom = min(math.ceil(centre_y + radius) + 1, height)
+    left, top = math.floor(center_x - radius), math.floor(center_y - radius)
+    right = min(math.ceil(center_x + radius) + 1, width)
+    bottom = min(math.ceil(center_y + radius) + 1, height)
     points = [
         (
-            _OVERSAMPLING * (centre_x - left + radii[i % len(radii)] * math.cos(angle + turn)),
-            _OVERSAMPLING * (centre_y - top + radii[i % len(radii)] * math.sin(angle + turn)),
+            _OVERSAMPLING * (center_x - left + radii[i % len(radii)] * math.cos(angle + turn)),
+            _OVERSAMPLING * (center_y - top + radii[i % len(radii)] * math.sin(angle + turn)),
         )
         for i, turn in enumerate(np.arange(corners) * 2 * math.pi / corners)
     ]
@@ -195,7 +195,7 @@ def _shape(
 
 
 def _background(random: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A gradient between two colours, stripes over it, and noise: float `[height, width, 3]`."""
+    """Draws a gradient between two colors with stripes and noise: float `[height, width, 3]`."""
     first, second = random.uniform(30, 225, (2, 3))
     y, x = np.mgrid[:height, :width]
     direction = random.uniform(0, 2 * math.pi)
@@ -212,18 +212,18 @@ def _background(random: np.random.Generator, height: int, width: int) -> np.ndar
     return np.clip(canvas, 0, 255)
 
 
-def _contrasting_colour(
+def _contrasting_color(
     random: np.random.Generator, canvas: np.ndarray, cover: np.ndarray
 ) -> np.ndarray:
-    """A random colour that differs from what the shape covers."""
+    """Returns a random color that contrasts with what the shape covers."""
     covered = np.average(canvas.reshape(-1, 3), axis=0, weights=cover.reshape(-1))
-    colours = random.uniform(0, 255, (16, 3))
-    far = np.abs(colours - covered).max(axis=1) > 80
-    return colours[np.argmax(far)]
+    colors = random.uniform(0, 255, (16, 3))
+    far = np.abs(colors - covered).max(axis=1) > 80
+    return colors[np.argmax(far)]
 
 
 def _tight_box(cover: np.ndarray) -> tuple[float, float, float, float]:
-    """The box (x1, y1, x2, y2) of the pixels of which a shape has at least half."""
+    """Returns the box (x1, y1, x2, y2) of the pixels that a shape covers by at least half."""
     rows, columns = np.flatnonzero((cover >= 0.5).any(1)), np.flatnonzero((cover >= 0.5).any(0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 

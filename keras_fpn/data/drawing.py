@@ -1,4 +1,4 @@
-"""Pictures of detections."""
+"""Drawing of detections."""
 
 import colorsys
 import io
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 _DARK, _LIGHT = (0, 0, 0), (255, 255, 255)
-_LONGEST_NAME = 32  # Characters; what is longer ends in dots.
+_LONGEST_NAME = 32  # Characters; longer names end in an ellipsis.
 _SMALLEST_FONT = 10  # Pixels.
-_FARTHEST_ROW = 8  # A label stands at most this many of its heights away from its box.
+_FARTHEST_ROW = 8  # Maximum distance of a label from its box, in label heights.
 
 
 def draw_detections(
@@ -22,33 +22,34 @@ def draw_detections(
 ):
     """Draws the boxes of one image with class names and scores.
 
-    A class has the same colour in every picture. Lines have a dark and a light rim and labels a
-    ground of their own, so that they show on dark and on light. A label stands at its box where
-    there is room, else near it with a line to it, and always inside the picture. The surest
-    detections have the first choice; in a crowd a label without any room is left out, its box is
-    not.
+    Each class has the same color in every image. Lines have a dark and a light border and labels
+    their own background, so that both are visible on any image. Labels are placed at their box if
+    there is room, else nearby with a leader line, and always within the image. Detections with
+    higher scores are placed first; if there is no room left, a label is omitted, but not its box.
 
     Args:
         image: a path, the bytes of an image file, a PIL image, or an array of pixels in 0..255,
-            `[H, W, 3]` RGB or `[H, W]` grey.
-        detections: `{"boxes": [D, 4], "scores": [D], "labels": [D]}` of this image, as `detect`
-            returns them: boxes as `xyxy` pixels of `image`. Rows of label -1 are left out. Without
+            `[H, W, 3]` RGB or `[H, W]` grayscale.
+        detections: `{"boxes": [D, 4], "scores": [D], "labels": [D]}` of this image, as returned by
+            `detect`, boxes as xyxy in pixels of `image`. Rows of label -1 are ignored. Without
             "scores" (ground truth) all boxes are drawn.
-        class_names: the name of every label; None shows the labels' numbers.
-        score_threshold: boxes are drawn from this score on.
+        class_names: class name of each label. Defaults to None, which shows the labels themselves.
+        score_threshold: minimum score of the boxes to draw.
 
     Returns:
-        A `PIL.Image.Image` in RGB, of the size of `image`, which itself stays as it was.
+        A new `PIL.Image.Image` in RGB, of the size of `image`.
 
     Raises:
-        ValueError: the detections are not those of one image, a label has no name, or an array is
-            no image.
-        ImportError: Pillow is not installed.
+        ValueError: if the detections are not those of a single image, a label has no name, or an
+            array is not an image.
+        ImportError: if Pillow is not installed.
     """
     try:
         from PIL import ImageDraw, ImageFont
     except ImportError as error:
-        raise ImportError("Drawing needs Pillow; `pip install Pillow` installs it.") from error
+        raise ImportError(
+            "Drawing requires Pillow; install it with `pip install Pillow`."
+        ) from error
 
     picture = _rgb_picture(image)
     boxes, scores, labels = _drawn_rows(detections, score_threshold)
@@ -74,35 +75,35 @@ def draw_detections(
     places = _label_places(corners, sizes, picture.size)
 
     draw = ImageDraw.Draw(picture)
-    colours = [_class_colour(label) for label in labels]
-    # The surest last, on top of the others.
+    colors = [_class_color(label) for label in labels]
+    # Highest scores last, on top of the others.
     rows = list(reversed(range(len(labels))))
     for row in rows:
         x1, y1, x2, y2 = (int(edge) for edge in corners[row])
-        # Dark outside of the line, light inside of it.
-        for grow, colour in ((1, _DARK), (-line, _LIGHT)):
+        # A dark border outside the line, a light one inside.
+        for grow, color in ((1, _DARK), (-line, _LIGHT)):
             rim = (x1 - grow, y1 - grow, x2 + grow, y2 + grow)
             if line > 1 and rim[0] < rim[2] and rim[1] < rim[3]:
-                draw.rectangle(rim, outline=colour)
-        draw.rectangle((x1, y1, x2, y2), outline=colours[row], width=line)
+                draw.rectangle(rim, outline=color)
+        draw.rectangle((x1, y1, x2, y2), outline=colors[row], width=line)
     rows = [row for row in rows if places[row] is not None]
     for row in rows:
         ends = _leader(places[row], corners[row])
         if ends is not None:
             draw.line(ends, fill=_DARK, width=line + 2)
-            draw.line(ends, fill=colours[row], width=line)
+            draw.line(ends, fill=colors[row], width=line)
     for row in rows:
         left, top, right, bottom = places[row]
-        draw.rectangle((left, top, right - 1, bottom - 1), fill=colours[row], outline=_DARK)
-        draw.text((left + margin, top + 1), texts[row], fill=_ink(colours[row]), font=font)
+        draw.rectangle((left, top, right - 1, bottom - 1), fill=colors[row], outline=_DARK)
+        draw.text((left + margin, top + 1), texts[row], fill=_ink(colors[row]), font=font)
     return picture
 
 
-# === What is drawn ===
+# === Inputs ===
 
 
 def _rgb_picture(image: Any):
-    """A new PIL image in RGB."""
+    """Returns a new PIL image in RGB."""
     from PIL import Image
 
     if isinstance(image, (str, os.PathLike, bytes)):
@@ -111,21 +112,21 @@ def _rgb_picture(image: Any):
             image = opened
     if isinstance(image, Image.Image):
         if image.mode.startswith("I;16"):
-            # Pillow itself would cut 16 bits off at 255.
+            # Pillow would clip 16-bit values at 255.
             image = Image.fromarray((np.asarray(image) // 257).astype("uint8"))
         return image.copy() if image.mode == "RGB" else image.convert("RGB")
     pixels = np.asarray(image)
     if pixels.ndim not in (2, 3) or 0 in pixels.shape or pixels.shape[2:] not in ((), (3,)):
         raise ValueError(
-            "An image is a path, bytes of a file, a PIL image or an array [H, W, 3] or [H, W]; "
-            f"received shape {pixels.shape}."
+            "`image` must be a path, the bytes of a file, a PIL image or an array [H, W, 3] or "
+            f"[H, W]; received shape {pixels.shape}."
         )
     pixels = np.clip(np.round(pixels.astype("float32")), 0, 255).astype("uint8")
     return Image.fromarray(pixels).convert("RGB")
 
 
 def _drawn_rows(detections: Mapping, score_threshold: float) -> tuple:
-    """Boxes `[N, 4]`, scores `[N]` or None, labels `[N]`, the surest first."""
+    """Returns boxes `[N, 4]`, scores `[N]` or None, and labels `[N]`, highest scores first."""
     labels = np.asarray(detections["labels"])
     boxes = np.asarray(detections["boxes"], "float64")
     scores = detections.get("scores")
@@ -134,11 +135,13 @@ def _drawn_rows(detections: Mapping, score_threshold: float) -> tuple:
         boxes = boxes.reshape(0, 4)
     if labels.ndim != 1 or boxes.shape != (len(labels), 4):
         raise ValueError(
-            "Detections of one image are wanted, 'boxes' [D, 4] and 'labels' [D]; received shapes "
-            f"{boxes.shape} and {labels.shape}."
+            "`detections` must be those of one image, 'boxes' [D, 4] and 'labels' [D]; received "
+            f"shapes {boxes.shape} and {labels.shape}."
         )
     if scores is not None and scores.shape != labels.shape:
-        raise ValueError(f"Received {len(labels)} 'labels' and 'scores' of shape {scores.shape}.")
+        raise ValueError(
+            f"'scores' must have the shape of 'labels', ({len(labels)},); received {scores.shape}."
+        )
     drawn = (labels >= 0) & np.isfinite(boxes).all(axis=1)
     if scores is None:
         return boxes[drawn], None, labels[drawn].astype(int)
@@ -151,12 +154,12 @@ def _class_name(label: int, class_names: Sequence[str] | None) -> str:
     if class_names is None:
         return str(label)
     if label >= len(class_names):
-        raise ValueError(f"Label {label} has no name: `class_names` has {len(class_names)}.")
+        raise ValueError(f"`class_names` has {len(class_names)} names; received label {label}.")
     return str(class_names[label])
 
 
 def _fitting_text(name: str, score: str, font: Any, width: int) -> str:
-    """Name and score, as much of them as fits into `width` pixels."""
+    """Returns name and score, shortened to fit into `width` pixels."""
     for end, fewest in ((score, 4), ("", 1)):
         for length in range(min(len(name), _LONGEST_NAME), min(len(name), fewest) - 1, -1):
             text = (
@@ -167,26 +170,26 @@ def _fitting_text(name: str, score: str, font: Any, width: int) -> str:
     return ""
 
 
-def _class_colour(label: int) -> tuple[int, int, int]:
-    # Steps of the golden ratio keep the hues of neighbouring labels far apart.
+def _class_color(label: int) -> tuple[int, int, int]:
+    # Golden-ratio steps keep the hues of neighboring labels far apart.
     hue = (label * 0.618034) % 1.0
     value = (1.0, 0.8, 0.9)[label % 3]
     return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.85, value))
 
 
-def _ink(colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Black or white, whichever is easier to read on a colour."""
-    brightness = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
+def _ink(color: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Returns black or white, whichever is more readable on a color."""
+    brightness = 0.3 * color[0] + 0.59 * color[1] + 0.11 * color[2]
     return _DARK if brightness > 140 else _LIGHT
 
 
-# === Where labels stand ===
+# === Label placement ===
 
 
 def _label_places(
     boxes: np.ndarray, sizes: Sequence[tuple[int, int]], picture_size: tuple[int, int]
 ) -> list[tuple[int, int, int, int] | None]:
-    """A place (left, top, right, bottom) for each label, the first ones choosing first.
+    """Places labels (left, top, right, bottom), in order.
 
     Args:
         boxes: int `[N, 4]` xyxy pixels.
@@ -194,7 +197,7 @@ def _label_places(
         picture_size: width and height.
 
     Returns:
-        N places inside the picture, None where there is none without covering other labels.
+        N places within the image, None if a label would cover other labels anywhere.
     """
     areas = np.prod(boxes[:, 2:] - boxes[:, :2] + 1, axis=1)
     taken = np.zeros((0, 4))
@@ -206,7 +209,7 @@ def _label_places(
         corners, cost = _candidates(boxes[row], width, height)
         corners = np.clip(corners, 0, np.subtract(picture_size, (width, height)))
         candidates = np.concatenate([corners, np.add(corners, (width, height))], axis=1)
-        # A label should not hide an object, its own or another's.
+        # Discourages hiding an object, the label's own or another.
         cost = cost + (_overlap(candidates, boxes) / areas).sum(axis=1)
         cost[(_overlap(candidates, taken) > 0).any(axis=1)] = np.inf
         best = int(np.argmin(cost))
@@ -217,7 +220,7 @@ def _label_places(
 
 
 def _candidates(box: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """Upper left corners `[C, 2]` that a label may have, and how little each is liked."""
+    """Returns candidates for the top left corner of a label, `[C, 2]`, and their costs."""
     x1, y1, x2, y2 = (int(edge) for edge in box)
     left, right, middle = x1, x2 + 1 - width, (x1 + x2 + 1 - width) // 2
     above, below = y1 - height, y2 + 1
@@ -235,14 +238,14 @@ def _candidates(box: np.ndarray, width: int, height: int) -> tuple[np.ndarray, n
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Area that each of `a` [N, 4] shares with each of `b` [M, 4], as [N, M]."""
+    """Returns the intersection areas `[N, M]` of `a` `[N, 4]` and `b` `[M, 4]`."""
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     return np.prod(np.maximum(high - low, 0), axis=-1)
 
 
 def _leader(place: Sequence[int], box: Sequence[int]) -> list[tuple[int, int]] | None:
-    """Ends of the line from a label to its box, None where they touch."""
+    """Returns the ends of the line from a label to its box, None if they touch."""
     left, top, right, bottom = (int(edge) for edge in place)
     x1, y1, x2, y2 = (int(edge) for edge in box)
     if left <= x2 + 1 and right >= x1 and top <= y2 + 1 and bottom >= y1:
@@ -253,7 +256,7 @@ def _leader(place: Sequence[int], box: Sequence[int]) -> list[tuple[int, int]] |
 
 
 def _nearest(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-    """The points of two intervals that are nearest to each other."""
+    """Returns the closest points of two intervals."""
     if a[1] < b[0]:
         return a[1], b[0]
     if b[1] < a[0]:

@@ -106,10 +106,8 @@ def training_batches(
         ValueError: if an argument is out of range, or no image of the split can be trained on.
     """
     check_int("start_step", start_step, minimum=0)
-    buckets = _checked_buckets(
-        batch_size, shorter_edges, longest_edge, aspect_ratios, shard, num_shards
-    )
-    if batch_size % num_shards:
+    _check_shard(shard, num_shards)
+    if check_int("batch_size", batch_size) % num_shards:
         raise ValueError(
             f"`batch_size` must be a multiple of `num_shards`; received {batch_size} and "
             f"{num_shards}."
@@ -120,12 +118,8 @@ def training_batches(
             f"`batch_size` must not exceed the {dataset.num_images} images of split "
             f"{dataset.split!r} of {dataset.name}; received {batch_size}."
         )
-    prepare = functools.partial(
-        _prepare_record,
-        max_boxes=check_int("max_boxes", max_boxes),
-        max_proposals=check_int("max_proposals", max_proposals),
-        buckets=buckets,
-        report=report,
+    buckets, prepare = _buckets_and_prepare(
+        shorter_edges, longest_edge, aspect_ratios, max_boxes, max_proposals, report
     )
 
     def is_trainable(record: Record) -> tf.Tensor:
@@ -136,7 +130,7 @@ def training_batches(
             draws = tf.random.stateless_uniform([2], tf.random.fold_in(key, record["image_id"]))
             choice = tf.cast(draws[0] * len(shorter_edges), tf.int32)
             flip = draws[1] < 0.5 if horizontal_flip else tf.constant(False)
-            return prepare(record, tf.constant(list(shorter_edges))[choice], longest_edge, flip)
+            return prepare(record, flip, tf.constant(list(shorter_edges))[choice], longest_edge)
 
         return draw
 
@@ -222,18 +216,14 @@ def evaluation_batches(
     Raises:
         ValueError: if an argument is out of range.
     """
-    buckets = _checked_buckets(
-        batch_size, [shorter_edge], longest_edge, aspect_ratios, shard, num_shards
+    _check_shard(shard, num_shards)
+    check_int("batch_size", batch_size)
+    buckets, prepare = _buckets_and_prepare(
+        [shorter_edge], longest_edge, aspect_ratios, max_boxes, max_proposals, report
     )
-    prepare = functools.partial(
-        _prepare_record,
-        shorter_edge=shorter_edge,
-        longest_edge=longest_edge,
-        flip=tf.constant(False),
-        max_boxes=check_int("max_boxes", max_boxes),
-        max_proposals=check_int("max_proposals", max_proposals),
-        buckets=buckets,
-        report=report,
+    records = _map(
+        dataset.records().shard(num_shards, shard),
+        lambda record: prepare(record, tf.constant(False), shorter_edge, longest_edge),
     )
 
     def decode(group: Record) -> tuple[Record, Record]:
@@ -246,33 +236,33 @@ def evaluation_batches(
         inputs = {"images": images, "image_sizes": group["target_size"]}
         return inputs, _targets(group, buckets) | {"original_sizes": group["size"]}
 
-    groups = (
-        _map(dataset.records().shard(num_shards, shard), prepare)
-        .filter(_is_readable)
-        .group_by_window(
-            lambda record: tf.cast(record["bucket"], tf.int64),
-            lambda _, window: window.batch(batch_size),
-            window_size=batch_size,
-        )
+    groups = records.filter(_is_readable).group_by_window(
+        lambda record: tf.cast(record["bucket"], tf.int64),
+        lambda _, window: window.batch(batch_size),
+        window_size=batch_size,
     )
     batches = _map_groups(groups, decode, batch_size)
     return _with_options(batches.filter(lambda inputs, _: tf.shape(inputs["images"])[0] > 0))
 
 
-def _checked_buckets(
-    batch_size: int,
-    shorter_edges: Sequence[int],
-    longest_edge: int,
-    aspect_ratios: Sequence[float],
-    shard: int,
-    num_shards: int,
-) -> list[tuple[int, int]]:
-    """Validates arguments and returns the bucket shapes."""
-    check_int("batch_size", batch_size)
-    check_int("longest_edge", longest_edge)
+def _check_shard(shard: int, num_shards: int) -> None:
     check_int("num_shards", num_shards)
     if check_int("shard", shard, minimum=0) >= num_shards:
         raise ValueError(f"`shard` must be less than num_shards={num_shards}; received {shard}.")
+
+
+def _buckets_and_prepare(
+    shorter_edges: Sequence[int],
+    longest_edge: int,
+    aspect_ratios: Sequence[float],
+    max_boxes: int,
+    max_proposals: int,
+    report: SkipReport | None,
+) -> tuple[list[tuple[int, int]], Callable[..., Record]]:
+    """Validates the arguments; returns the bucket shapes, and `_prepare_record` for them."""
+    check_int("longest_edge", longest_edge)
+    check_int("max_boxes", max_boxes)
+    check_int("max_proposals", max_proposals)
     if not shorter_edges:
         raise ValueError(f"`shorter_edges` must not be empty; received {shorter_edges!r}.")
     for edge in shorter_edges:
@@ -282,7 +272,14 @@ def _checked_buckets(
             "`aspect_ratios` (longer to shorter edge) must be one or more numbers >= 1; received "
             f"{tuple(aspect_ratios)}."
         )
-    return bucket_shapes(max(shorter_edges), longest_edge, aspect_ratios)
+    buckets = bucket_shapes(max(shorter_edges), longest_edge, aspect_ratios)
+    return buckets, functools.partial(
+        _prepare_record,
+        buckets=buckets,
+        max_boxes=max_boxes,
+        max_proposals=max_proposals,
+        report=report,
+    )
 
 
 # === Records: everything that is known without decoding ===
@@ -290,13 +287,13 @@ def _checked_buckets(
 
 def _prepare_record(
     record: Record,
+    flip: tf.Tensor,
     shorter_edge: tf.Tensor | int,
     longest_edge: int,
-    flip: tf.Tensor,
     *,
+    buckets: list[tuple[int, int]],
     max_boxes: int,
     max_proposals: int,
-    buckets: list[tuple[int, int]],
     report: SkipReport | None,
 ) -> Record:
     """Determines the size, bucket and boxes of an image from its header and annotations.
@@ -415,7 +412,7 @@ def _first_trainable(
     """
     edge = min(itertools.chain(*buckets))
     records = _map(
-        dataset.records(), lambda record: prepare(record, tf.constant(edge), edge, tf.constant(False))
+        dataset.records(), lambda record: prepare(record, tf.constant(False), edge, edge)
     )
     for record in records.filter(_is_readable).filter(is_trainable):
         if _is_whole(decode_image(record["image_bytes"]), record):

@@ -1,246 +1,287 @@
-"""What happens beside the steps of a run: checkpoints, evaluation, what a person sees."""
+"""What happens between the steps of a run: checkpoints, evaluation, monitoring.
+
+Callbacks share a `RunContext` instead of knowing each other. `run_callbacks` creates them in the
+order in which `fit` has to call them.
+"""
 
 import collections
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_fpn.data.coco_metrics import COCO_METRICS
-from keras_fpn.data.pipeline import SkipReport
-from keras_fpn.faster_rcnn import LOSS_NAMES
-from keras_fpn.runs.evaluate import Evaluation, format_metrics, report_skipped
+from keras_fpn.data.coco_metrics import COCO_METRICS, CocoEvaluation
+from keras_fpn.data.skip_report import SkipReport
+from keras_fpn.runs.evaluation import Evaluation, format_metrics, report_skipped
 from keras_fpn.runs.pictures import detections_beside_truth
+from keras_fpn.runs.recipes import Recipe
 from keras_fpn.runs.run_state import RunState, write_checkpoint, write_model, write_text
 from keras_fpn.runs.stop_signal import Interrupted, StopSignal
 from keras_fpn.runs.strategies import num_workers, sum_over_workers, worker_index
 
 
-class ShowProgress(keras.callbacks.Callback):
-    """Adds learning rate, images per second and minutes left to what the progress bar shows.
+@dataclasses.dataclass
+class RunContext:
+    """What the callbacks of a run share.
 
-    Speed is that of the last 50 steps; minutes left count steps, not evaluations.
+    Attributes:
+        output: folder of the run.
+        model: the model that is trained.
+        recipe: the run's hyperparameters.
+        steps_per_epoch: steps per epoch.
+        evaluation: evaluates the model on the validation split.
+        state: progress of the run. `SaveCheckpoints` updates `steps` and `curves` after each step,
+            `EvaluateEpochs` the rest after each epoch.
+        step: values of the last step: the losses, `gradient_norm`, `rpn_positives`,
+            `roi_positives`, `learning_rate`, `images_per_second`. `MeasureSteps` sets it.
+        scores: metrics of the last evaluation in this process. `evaluate` sets it.
+        results: detections of that evaluation, in COCO's results format. `evaluate` sets it.
     """
 
-    def __init__(self, state: RunState, batch_size: int, total_steps: int):
+    output: Path
+    model: keras.Model
+    recipe: Recipe
+    steps_per_epoch: int
+    evaluation: Evaluation
+    state: RunState
+    step: dict[str, float] = dataclasses.field(default_factory=dict)
+    scores: CocoEvaluation | None = None
+    results: Sequence[Mapping] = ()
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this worker writes the run's files."""
+        return worker_index(self.model.distribute_strategy) == 0
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.recipe.epochs * self.steps_per_epoch
+
+    @property
+    def log_every(self) -> int:
+        """Steps between two points of a curve: about a thousand points, however long the run."""
+        return max(5, self.total_steps // 1000)
+
+    def loss_means(self) -> list[keras.Variable]:
+        """Returns the variables of the losses' means over the epoch."""
+        return [variable for metric in self.model.metrics for variable in metric.variables]
+
+    def save_checkpoint(self, epoch_is_over: bool = False) -> None:
+        """Writes `step-N.keras`; every worker must call it."""
+        means = [] if epoch_is_over else [float(v.numpy()) for v in self.loss_means()]
+        self.state.means = means
+        folder, keep = self.output / "checkpoints", self.recipe.keep_checkpoints
+        write_checkpoint(self.model, self.state, folder, keep, self.is_writer)
+
+    def evaluate(self) -> None:
+        """Sets `scores` and `results`; every worker must call it."""
+        self.scores, self.results = self.evaluation.run()
+
+
+class RunCallback(keras.callbacks.Callback):
+    """Base class of the callbacks of a run.
+
+    A subclass overrides `on_step`, and Keras's `on_epoch_begin` and `on_epoch_end`. They read and
+    write `self.run` as `RunContext` says, and may add to `logs`, which the progress bar shows.
+
+    Args:
+        run: context of the run.
+    """
+
+    def __init__(self, run: RunContext):
         super().__init__()
-        self.state = state
-        self.batch_size = batch_size
-        self.total_steps = total_steps
+        self.run = run
+
+    def on_train_batch_end(self, batch, logs=None):
+        if logs:  # Steps that an earlier process has taken are skipped with empty logs.
+            self.on_step(logs)
+
+    def on_step(self, logs: dict) -> None:
+        """Called after each training step of this process, with the means over the epoch."""
+
+
+def run_callbacks(
+    run: RunContext, batch_at: Callable, skipped: SkipReport, stop: StopSignal, images: Mapping
+) -> list[RunCallback]:
+    """Creates the callbacks of a run, in the order in which they must be called.
+
+    - `MeasureSteps` is first: it sets `run.step`, which the others read.
+    - `StopOnNaN` comes before `SaveCheckpoints`: a step that failed is neither counted nor saved.
+    - `SaveCheckpoints` counts the step, so that what follows sees the number of steps taken.
+    - `EvaluateEpochs` adds the metrics to the logs, which `WriteTensorBoard` reads.
+
+    Args:
+        run: context of the run.
+        batch_at: step to its batch, as the pipeline creates it.
+        skipped: report of the training pipeline.
+        stop: signal that ends the run.
+        images: images of the validation split to draw, image id to RGB array.
+    """
+    callbacks = [
+        MeasureSteps(run),
+        StopOnNaN(run, batch_at),
+        SaveCheckpoints(run, stop),
+        EvaluateEpochs(run),
+    ]
+    if run.is_writer:
+        callbacks += [ReportSkipped(run, skipped), WriteTensorBoard(run, images)]
+    return callbacks
+
+
+class MeasureSteps(RunCallback):
+    """Measures learning rate and speed, and shows them with the remaining time.
+
+    The speed is that of the last 50 steps; the remaining time does not include evaluations.
+    """
+
+    def __init__(self, run: RunContext):
+        super().__init__(run)
         self.times = collections.deque(maxlen=51)
 
     def on_epoch_begin(self, epoch, logs=None):
-        # What lies between two epochs is no step.
+        # The time between epochs is not that of a step.
         self.times.clear()
 
-    def on_train_batch_end(self, batch, logs=None):
-        if not logs:
-            return
+    def on_step(self, logs):
         self.times.append(time.perf_counter())
         logs["learning_rate"] = learning_rate(self.model)
         if len(self.times) > 1:
             seconds = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
-            logs["images_per_second"] = self.batch_size / seconds
-            logs["minutes_left"] = (self.total_steps - self.state.steps) * seconds / 60
-        self.shown = dict(logs)
+            logs["images_per_second"] = self.run.recipe.batch_size / seconds
+            logs["minutes_left"] = (self.run.total_steps - self.run.state.steps) * seconds / 60
+        self.run.step = {**self.model.last_step, **_rates(logs)}
 
     def on_epoch_end(self, epoch, logs=None):
-        for name in ("learning_rate", "images_per_second"):
-            if name in getattr(self, "shown", {}):
-                logs[name] = self.shown[name]
+        logs.update(_rates(self.run.step))
 
 
-class StopOnNaN(keras.callbacks.Callback):
-    """Ends the run at a loss or gradient that is not finite, and keeps the batch it came from.
+def _rates(values: Mapping) -> dict:
+    names = ("learning_rate", "images_per_second")
+    return {name: values[name] for name in names if name in values}
+
+
+class StopOnNaN(RunCallback):
+    """Ends the run at a NaN or infinite loss or gradient, and saves the batch that caused it.
 
     Args:
-        state: the run's.
-        batch_at: the batch of a step, as the pipeline makes it.
-        folder: where `nan-step-N.npz` goes.
-        is_writer: whether this process writes.
+        run: context of the run.
+        batch_at: step to its batch, as the pipeline creates it.
 
     Raises:
-        FloatingPointError: with the ids of the batch's images.
+        FloatingPointError: it names the ids of the batch's images.
     """
 
-    def __init__(self, state: RunState, batch_at: Callable, folder: Path, is_writer: bool):
-        super().__init__()
-        self.state = state
+    def __init__(self, run: RunContext, batch_at: Callable):
+        super().__init__(run)
         self.batch_at = batch_at
-        self.folder = folder
-        self.is_writer = is_writer
 
-    def on_train_batch_end(self, batch, logs=None):
-        if not logs:
-            return
-        measured = self.model.last_step
-        names = list(LOSS_NAMES)
+    def on_step(self, logs):
+        names = list(self.model.loss_names)
         if not hasattr(self.model.optimizer, "dynamic_scale"):
-            # With a loss scale a gradient that overflows is left out, and the scale lowered.
+            # With a loss scale, an overflowing gradient is skipped and the scale lowered.
             names.append("gradient_norm")
-        wrong = [name for name in names if not np.isfinite(measured[name])]
+        wrong = [name for name in names if not np.isfinite(self.run.step[name])]
         if not wrong:
             return
-        inputs, targets = self.batch_at(self.state.steps)
+        step = self.run.state.steps
+        inputs, targets = self.batch_at(step)
         ids = [int(image_id) for image_id in targets["image_ids"]]
-        file = self.folder / f"nan-step-{self.state.steps}.npz"
-        if self.is_writer:
+        file = self.run.output / f"nan-step-{step}.npz"
+        if self.run.is_writer:
             arrays = {name: np.asarray(value) for name, value in {**inputs, **targets}.items()}
             content = io.BytesIO()
             np.savez_compressed(content, **arrays)
             file.write_bytes(content.getvalue())
         raise FloatingPointError(
-            f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not finite at step "
-            f"{self.state.steps}, in the batch of the images with ids {ids}, which is kept in "
-            f"{file}: look at it, or try a lower --learning-rate or --clip-norm 10. The last "
-            "checkpoint is from before."
+            f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} NaN or infinite at step "
+            f"{step}, with the images of ids {ids}. The batch is saved to {file}; inspect it, or "
+            "try a lower --learning-rate or --clip-norm 10. The last checkpoint is from before."
         )
 
 
-class KeepState(keras.callbacks.Callback):
-    """Counts the run's steps, writes its checkpoints, and ends it when a signal asks for it.
+class SaveCheckpoints(RunCallback):
+    """Counts the steps, writes checkpoints, and ends the run after a signal.
 
     Args:
-        state: the run's; it changes here.
-        folder: where the checkpoints go.
-        every: steps between two checkpoints; one more follows each epoch.
-        keep: how many of the last ones stay.
-        curve_every: steps between two rows of `state.curves`.
+        run: context of the run.
         stop: the signal.
 
     Raises:
-        Interrupted: when `stop` has come, after the checkpoint is written.
+        Interrupted: after `stop` was received and the checkpoint is written.
     """
 
-    def __init__(
-        self,
-        state: RunState,
-        folder: Path,
-        every: int,
-        keep: int,
-        curve_every: int,
-        stop: StopSignal,
-    ):
-        super().__init__()
-        self.state = state
-        self.folder = folder
-        self.every = every
-        self.keep = keep
-        self.curve_every = curve_every
+    def __init__(self, run: RunContext, stop: StopSignal):
+        super().__init__(run)
         self.stop = stop
 
     def on_epoch_begin(self, epoch, logs=None):
-        # `fit` has just set them to zero, and the epoch may have begun in an earlier process.
-        for variable, value in zip(self._means(), self.state.means, strict=False):
+        # `fit` has just reset them; the epoch may have begun in an earlier process.
+        for variable, value in zip(self.run.loss_means(), self.run.state.means, strict=False):
             variable.assign(value)
 
-    def _means(self) -> list[keras.Variable]:
-        return [variable for metric in self.model.metrics for variable in metric.variables]
-
-    def on_train_batch_end(self, batch, logs=None):
-        if not logs:
-            return
-        self.state.steps += 1
-        if self.state.steps % self.curve_every == 0:
-            row = {"step": self.state.steps, **self.model.last_step}
-            names = ("learning_rate", "images_per_second")
-            row.update({name: logs[name] for name in names if name in logs})
-            self.state.curves.append(row)
+    def on_step(self, logs):
+        state = self.run.state
+        state.steps += 1
+        if state.steps % self.run.log_every == 0:
+            state.curves.append({"step": state.steps, **self.run.step})
         stop = self._stop_of_any_worker()
-        if stop or self.state.steps % self.every == 0:
-            self.write()
+        if stop or state.steps % self.run.recipe.checkpoint_steps == 0:
+            self.run.save_checkpoint()
         if stop:
-            raise Interrupted(stop, self.state.steps)
-
-    def write(self, epoch_is_over: bool = False):
-        self.state.means = [] if epoch_is_over else [float(v.numpy()) for v in self._means()]
-        is_writer = worker_index(self.model.distribute_strategy) == 0
-        write_checkpoint(self.model, self.state, self.folder, self.keep, is_writer)
+            raise Interrupted(stop, state.steps)
 
     def _stop_of_any_worker(self) -> int:
-        """All workers stop after the same step, at the signal of any."""
+        """Returns the signal that any worker received: all stop after the same step."""
         strategy = self.model.distribute_strategy
         received = np.zeros(num_workers(strategy), np.int32)
         received[worker_index(strategy)] = self.stop.received
         return int(sum_over_workers(strategy, received).max())
 
 
-class EndEpoch(keras.callbacks.Callback):
-    """Evaluates, keeps the model of the best AP, and closes the epoch with a checkpoint.
+class EvaluateEpochs(RunCallback):
+    """Evaluates, saves the best model, writes the tables, and ends the epoch with a checkpoint.
 
-    A checkpoint before the evaluation holds the epoch's last step, so that a run which dies in the
-    evaluation begins again with it.
+    Another checkpoint before the evaluation holds the epoch's last step, so that a run that dies in
+    the evaluation resumes there.
     """
 
-    def __init__(
-        self,
-        keep_state: KeepState,
-        evaluation: Evaluation,
-        evaluate_every: int,
-        total_epochs: int,
-        output: Path,
-    ):
-        super().__init__()
-        self.keep_state = keep_state
-        self.evaluation = evaluation
-        self.evaluate_every = evaluate_every
-        self.total_epochs = total_epochs
-        self.output = output
-
     def on_epoch_end(self, epoch, logs=None):
-        state = self.keep_state.state
-        is_writer = worker_index(self.model.distribute_strategy) == 0
-        # A run that was resumed between an epoch's last step and its end has no logs of a step.
+        run, state = self.run, self.run.state
+        # A run resumed between an epoch's last step and its end has no logs of a step.
         logs.update(self.model.get_metrics_result())
         logs.update({name: float(value) for name, value in logs.items()})
-        if (epoch + 1) % self.evaluate_every == 0 or epoch + 1 == self.total_epochs:
-            self.keep_state.write()
+        if (epoch + 1) % run.recipe.evaluate_every == 0 or epoch + 1 == run.recipe.epochs:
+            run.save_checkpoint()
             with averaged_weights(self.model):
-                scores, self.results = self.evaluation.run()
-                metrics = scores.metrics
-                is_best = metrics["AP"] > state.best_AP
-                if is_best:
-                    state.best_AP = metrics["AP"]
-                    best = self.output / "checkpoints" / "best.keras"
-                    write_model(self.model, best, is_writer)
+                run.evaluate()
+                metrics = run.scores.metrics
+                best = self.model.inference_copy() if metrics["AP"] > state.best_AP else None
+            state.best_AP = max(metrics["AP"], state.best_AP)
             logs.update({f"val_{name}": metrics[name] for name in COCO_METRICS})
-            if is_writer:
+            if run.is_writer:
+                if best is not None:
+                    write_model(best, run.output / "checkpoints" / "best.keras")
                 print(f"\nEpoch {epoch + 1}: {format_metrics(metrics)}", flush=True)
                 content = {"epoch": epoch + 1, "best_AP": state.best_AP, **metrics}
-                write_text(self.output / "metrics.json", json.dumps(content, indent=2) + "\n")
-            self.scores = scores
+                write_text(run.output / "metrics.json", json.dumps(content, indent=2) + "\n")
         state.history.append({"epoch": epoch + 1, **logs})
         state.epochs = epoch + 1
-        if is_writer:
-            write_text(self.output / "history.csv", _table(state.history, HISTORY_COLUMNS))
-            write_text(self.output / "steps.csv", _table(state.curves, CURVE_COLUMNS))
-        self.keep_state.write(epoch_is_over=True)
-
-
-HISTORY_COLUMNS = (
-    "epoch",
-    "loss",
-    *LOSS_NAMES,
-    "learning_rate",
-    *(f"val_{name}" for name in COCO_METRICS),
-)
-CURVE_COLUMNS = (
-    "step",
-    "loss",
-    *LOSS_NAMES,
-    "learning_rate",
-    "gradient_norm",
-    "rpn_positives",
-    "roi_positives",
-    "images_per_second",
-)
+        if run.is_writer:
+            losses = ("loss", *self.model.loss_names, "learning_rate")
+            columns = ("epoch", *losses, *(f"val_{name}" for name in COCO_METRICS))
+            write_text(run.output / "history.csv", _table(state.history, columns))
+            measured = ("gradient_norm", "rpn_positives", "roi_positives", "images_per_second")
+            write_text(run.output / "steps.csv", _table(state.curves, ("step", *losses, *measured)))
+        run.save_checkpoint(epoch_is_over=True)
 
 
 def _table(rows: list[dict], columns: tuple[str, ...]) -> str:
@@ -251,54 +292,47 @@ def _table(rows: list[dict], columns: tuple[str, ...]) -> str:
     return text.getvalue()
 
 
-class ReportSkipped(keras.callbacks.Callback):
-    """Says at the end of each epoch what of the training data could not be used.
+class ReportSkipped(RunCallback):
+    """Prints after each epoch what was skipped of the training data, and lists it in skipped.json.
 
-    The whole list of images is in skipped.json, which is not there where nothing was skipped.
+    Args:
+        run: context of the run.
+        report: report of the training pipeline.
     """
 
-    def __init__(self, report: SkipReport, output: Path):
-        super().__init__()
+    def __init__(self, run: RunContext, report: SkipReport):
+        super().__init__(run)
         self.report = report
-        self.output = output
 
     def on_epoch_end(self, epoch, logs=None):
         report_skipped(self.report, "training data")
         if str(self.report):
             skipped = {"images": self.report.images(), "boxes": self.report.boxes()}
-            write_text(self.output / "skipped.json", json.dumps(skipped, indent=2) + "\n")
+            write_text(self.run.output / "skipped.json", json.dumps(skipped, indent=2) + "\n")
 
 
-class WriteTensorBoard(keras.callbacks.Callback):
-    """Scalars of the steps and of the evaluations, and pictures of detections beside the truth.
+class WriteTensorBoard(RunCallback):
+    """Writes scalars of steps and evaluations, and pictures of detections beside ground truth.
 
     Args:
-        end_epoch: the callback that evaluates, earlier in the list.
-        folder: of the logs.
-        every: steps between two points.
-        images: a few images of the evaluation, id to RGB array.
+        run: context of the run.
+        images: images of the validation split to draw, image id to RGB array.
     """
 
-    def __init__(self, end_epoch: EndEpoch, folder: Path, every: int, images: dict):
-        super().__init__()
-        self.end_epoch = end_epoch
-        self.state = end_epoch.keep_state.state
-        self.writer = tf.summary.create_file_writer(str(folder))
-        self.every = every
+    def __init__(self, run: RunContext, images: Mapping):
+        super().__init__(run)
+        self.writer = tf.summary.create_file_writer(str(run.output / "logs"))
         self.images = images
 
-    def on_train_batch_end(self, batch, logs=None):
-        if not logs or self.state.steps % self.every:
+    def on_step(self, logs):
+        if self.run.state.steps % self.run.log_every:
             return
-        scalars = self.model.last_step
-        names = ("learning_rate", "images_per_second")
-        scalars.update({name: logs[name] for name in names if name in logs})
-        with self.writer.as_default(self.state.steps):
-            for name, value in scalars.items():
+        with self.writer.as_default(self.run.state.steps):
+            for name, value in self.run.step.items():
                 tf.summary.scalar(f"train/{name}", value)
 
     def on_epoch_end(self, epoch, logs=None):
-        with self.writer.as_default(self.state.steps):
+        with self.writer.as_default(self.run.state.steps):
             for name, value in logs.items():
                 if name.startswith("val_"):
                     tf.summary.scalar(f"validation/{name.removeprefix('val_')}", value)
@@ -309,11 +343,11 @@ class WriteTensorBoard(keras.callbacks.Callback):
         self.writer.flush()
 
     def _draw(self):
-        evaluation = self.end_epoch.evaluation
+        evaluation = self.run.evaluation
         for image_id, image in self.images.items():
             picture = detections_beside_truth(
                 image,
-                [x for x in self.end_epoch.results if x["image_id"] == image_id],
+                [x for x in self.run.results if x["image_id"] == image_id],
                 [x for x in evaluation.ground_truth["annotations"] if x["image_id"] == image_id],
                 evaluation.dataset.class_names,
                 evaluation.dataset.category_ids,
@@ -322,13 +356,13 @@ class WriteTensorBoard(keras.callbacks.Callback):
 
 
 def learning_rate(model: keras.Model) -> float:
-    """The rate of the step to come."""
+    """Returns the learning rate of the next step."""
     return float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
 
 
 @contextlib.contextmanager
 def averaged_weights(model: keras.Model) -> Iterator[None]:
-    """Within it the model has the moving average of its weights, where its optimizer keeps one."""
+    """Gives the model the moving average of its weights, if its optimizer keeps one."""
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     if not optimizer.use_ema:
         yield

@@ -1,55 +1,63 @@
 """Detects objects in image files and draws them.
 
-    python training/predict.py photo.jpg other.png --model runs/coco --output found
+    keras-fpn predict photo.jpg other.png --model runs/coco --output found
 
-The output folder gets a picture of each image with the boxes drawn, and detections.json with all
-detections in COCO's results format, in pixels of the original images; image_id counts the images as
-they were given, from 1, and file_name is added.
+The output folder gets a picture of each image with its boxes, and detections.json with all
+detections in COCO's results format, in pixels of the original images; image_id counts the images in
+the order given, from 1, and file_name is added.
 """
 
-import argparse
+import dataclasses
 import json
-import os
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+from tyro.conf import Positional
 
-from keras_fpn.runs.command_line import exit_where_missing, exits_on_bad_input
+from keras_fpn.runs.command import exits_on_bad_input, parse
 
-exit_where_missing("PIL")
 
-import keras
-import tensorflow as tf
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of `keras-fpn predict`.
 
-from keras_fpn.data.coco_metrics import coco_results
-from keras_fpn.data.drawing import draw_detections
-from keras_fpn.data.image_files import read_image
-from keras_fpn.runs.run_folder import claim_folder, evaluation_edges, load_detector
-from keras_fpn.serving.inference import detect
+    Attributes:
+        images: image files.
+        model: folder of a run (its best model), a weights file, "coco" or "coco_v2".
+        output: new folder for pictures and detections.
+        score_threshold: boxes with a score below this are not drawn.
+        shorter_edge: images are resized to this shorter edge; the run's own by default.
+        longest_edge: upper limit of the longer edge after resizing; the run's own by default.
+    """
+
+    images: Positional[tuple[str, ...]]
+    model: str
+    output: Path
+    score_threshold: float = 0.5
+    shorter_edge: int | None = None
+    longest_edge: int | None = None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--model", required=True, help="folder of a run, file of weights, or coco")
-    parser.add_argument("--output", required=True, help="new folder for pictures and detections")
-    parser.add_argument(
-        "--score-threshold", type=float, default=0.5, help="boxes are drawn from this score on"
-    )
-    parser.add_argument("--shorter-edge", type=int, help="images are resized to this shorter edge")
-    parser.add_argument("--longest-edge", type=int, help="no edge is longer than this")
-    options = parser.parse_args(arguments)
+    """Runs the program."""
+    options = parse(Options, arguments, "predict", __doc__)
+    import keras
+    import tensorflow as tf
+
+    from keras_fpn.data.coco_metrics import coco_results
+    from keras_fpn.data.drawing import draw_detections
+    from keras_fpn.data.image_files import read_image
+    from keras_fpn.runs.run_folder import claim_folder, evaluation_edges, load_detector
+    from keras_fpn.serving.inference import detect
 
     with exits_on_bad_input():
         missing = [name for name in options.images if not Path(name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"There is no image file at {', '.join(map(repr, missing))}.")
+        if missing or not options.images:
+            received = ", ".join(map(repr, missing)) or "none"
+            raise FileNotFoundError(f"Images must be existing files; received {received}.")
         model, configuration = load_detector(options.model)
+        edges = evaluation_edges(configuration, options.shorter_edge, options.longest_edge)
         output = claim_folder(options.output)
     category_ids = configuration.get("category_ids", list(range(1, model.num_classes + 1)))
-    edges = evaluation_edges(configuration, options.shorter_edge, options.longest_edge)
     read = tf.function(read_image, input_signature=[tf.TensorSpec([], tf.string)])
     progress = keras.utils.Progbar(len(options.images), unit_name="image")
     all_results, skipped = [], []
@@ -78,7 +86,3 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\nskipped {len(skipped)} {noun}: {', '.join(skipped)}")
     decoded = len(options.images) - len(skipped)
     print(f"{len(all_results)} detections of {decoded} images; pictures in {output}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,59 +1,47 @@
-"""What a training run is made of. Every field is an option of `train.py`."""
+"""Recipes: the hyperparameters of a training run. Every field is an option of `keras-fpn train`."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import tyro
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The numbers of a run; the defaults are the schedule that is called 1x: 12 epochs of COCO.
+    """Hyperparameters of the run. The defaults are the 1x schedule: 12 epochs of COCO.
 
     Attributes:
-        weights: of a trained detector to start from: "coco", "coco_v2" or a file; what the numbers
-            below leave at its default is then built as the weights want it.
-        backbone: name of a ResNet.
-        backbone_weights: "imagenet" or a file of its weights, or None to start at random.
-        normalization: of the backbone, or None for the builder's choice.
-        frozen_stages: of the backbone, or None for the builder's choice.
-        pyramid_channels: of every pyramid level.
-        head_hidden_dim: of the box head's hidden layers.
-        anchor_sizes: of P2 to P6, in pixels.
-        rpn_training_proposals: anchors a level before NMS, and proposals an image after it.
-        roi_samples: regions an image in the box head's losses.
-        shorter_edges: images are resized so that the shorter edge is one of these, at random.
-        evaluation_shorter_edge: the same in evaluation.
-        longest_edge: no edge is longer than this after resizing.
-        horizontal_flip: whether half of the images are mirrored.
-        keep_empty_images: whether images without an object are trained on.
-        precision: of the layers' arithmetic; boxes, losses and weights are float32 in any case.
-        batch_size: images a step, all GPUs together; None for 2 each.
-        epochs: passes over the data.
-        images_per_epoch: images that count as an epoch, or None for those of the split.
-        learning_rate: for a batch of 16 images; the run scales it by its own batch.
-        warmup_steps: steps of 16 images over which the rate rises to that, an epoch at the most.
-        schedule: how the rate falls: in steps after `decay_epochs`, or along a cosine to 0.
-        decay_epochs: the rate falls to a tenth after each of these.
-        momentum: of SGD.
-        weight_decay: L2, on kernels only.
-        clip_norm: gradients of a larger norm, over all weights, are scaled down to it.
-        average_decay: of a moving average of the weights, say 0.9998, which is then what is
-            evaluated and kept as best.keras.
-        evaluate_every: epochs between two evaluations.
-        checkpoint_steps: steps between two checkpoints; one more follows each epoch.
-        keep_checkpoints: how many of the last ones stay, beside the best.
-        seed: of weights, data order, augmentation and samplers.
+        model: arguments of `build_fpn_faster_rcnn`, those of stages in dicts. Only what is in here
+            is passed; everything else follows its `"weights"`, or is the builder's default.
+        shorter_edges: training images are resized so that the shorter edge is one of these, chosen
+            at random.
+        evaluation_shorter_edge: the same for evaluation.
+        longest_edge: upper limit of the longer edge after resizing.
+        horizontal_flip: whether half of the training images are flipped.
+        keep_empty_images: whether to train on images without objects.
+        precision: compute dtype of the layers; boxes, losses and weights are always float32.
+        batch_size: images per step, over all replicas; None is 2 per replica.
+        epochs: number of epochs.
+        images_per_epoch: images per epoch; None is those of the split.
+        learning_rate: for a batch of 16 images; scaled linearly with the batch size.
+        warmup_steps: warm-up steps for a batch of 16 images, at most one epoch.
+        schedule: learning rate schedule: step decay after `decay_epochs`, or cosine decay to 0.
+        decay_epochs: epochs after which the learning rate is divided by 10.
+        momentum: momentum of SGD.
+        weight_decay: L2 weight decay, of kernels only.
+        clip_norm: gradients are clipped to this global norm; None is no clipping.
+        average_decay: decay of a moving average of the weights, such as 0.9998, which is then
+            evaluated and saved as best.keras; None is no average.
+        evaluate_every: epochs between evaluations.
+        checkpoint_steps: steps between checkpoints; there is another one after each epoch.
+        keep_checkpoints: number of latest checkpoints to keep, besides the best model.
+        seed: seed of weights, data order, augmentation and samplers.
     """
 
-    weights: str | None = None
-    backbone: str = "resnet50"
-    backbone_weights: str | None = None
-    normalization: str | None = None
-    frozen_stages: int | None = None
-    pyramid_channels: int = 256
-    head_hidden_dim: int = 1024
-    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
-    rpn_training_proposals: int = 2000
-    roi_samples: int = 512
+    model: Annotated[Mapping[str, Any], tyro.conf.Suppress] = dataclasses.field(
+        default_factory=dict
+    )
     shorter_edges: tuple[int, ...] = (800,)
     evaluation_shorter_edge: int = 800
     longest_edge: int = 1333
@@ -79,9 +67,9 @@ class Recipe:
 
 RECIPES = {
     # FPN, sections 5.1 and 5.2: 60k steps of 16 images at 0.02, then 20k at 0.002, one scale, no
-    # warm-up, from ImageNet's weights; 8 GPUs x 2 images. An epoch stands for 10k of these steps.
+    # warm-up, from ImageNet weights; 8 GPUs x 2 images. An epoch stands for 10k of these steps.
     "paper": Recipe(
-        backbone_weights="imagenet",
+        model={"backbone_weights": "imagenet"},
         batch_size=16,
         images_per_epoch=160_000,
         epochs=8,
@@ -92,9 +80,9 @@ RECIPES = {
     "1x": Recipe(),
     # Three times as long, at one of six scales.
     "3x": Recipe(shorter_edges=(640, 672, 704, 736, 768, 800), epochs=36, decay_epochs=(27, 33)),
-    # From a detector that is trained already, to other classes: a low rate, and less of it.
+    # From a trained detector to other classes: a lower rate with cosine decay.
     "fine_tune": Recipe(
-        weights="coco",
+        model={"weights": "coco"},
         shorter_edges=(640, 672, 704, 736, 768, 800),
         learning_rate=0.01,
         warmup_steps=100,
@@ -103,13 +91,15 @@ RECIPES = {
     ),
     # Minutes on two CPU cores, from random weights, for `make demo`.
     "demo": Recipe(
-        backbone="resnet18",
-        normalization="batch_norm",
-        pyramid_channels=64,
-        head_hidden_dim=256,
-        anchor_sizes=(8, 16, 32, 64, 128),
-        rpn_training_proposals=300,
-        roi_samples=128,
+        model={
+            "backbone": "resnet18",
+            "normalization": "batch_norm",
+            "anchor_sizes": (8, 16, 32, 64, 128),
+            "pyramid": {"channels": 64},
+            "box_head": {"hidden_dim": 256},
+            "proposals": {"training_pre_nms": 300, "training_post_nms": 300},
+            "roi_targets": {"num_samples": 128},
+        },
         shorter_edges=(128,),
         evaluation_shorter_edge=128,
         # As long as the shorter edge: all batches have one square shape, and are traced once.

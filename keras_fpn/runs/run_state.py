@@ -1,4 +1,4 @@
-"""Checkpoints from which a run goes on as if it had never stopped."""
+"""Checkpoints from which a run resumes as if it had never stopped."""
 
 import contextlib
 import dataclasses
@@ -10,8 +10,10 @@ import tempfile
 import warnings
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import keras
+if TYPE_CHECKING:
+    import keras
 
 _STATE_FILE = "training_state.json"
 _CHECKPOINT = re.compile(r"step-(\d+)\.keras")
@@ -19,19 +21,19 @@ _CHECKPOINT = re.compile(r"step-(\d+)\.keras")
 
 @dataclasses.dataclass
 class RunState:
-    """What of a run is not in the model: how far it is, and what it has seen.
+    """Progress of a run.
 
-    The model's part is in the same file: weights, batch norms' statistics, the samplers' seeds and
-    the optimizer with its step count. The data need no more than the number of steps
-    (`training_batches`).
+    It is stored in the checkpoint, beside the weights, the moving statistics, the samplers' seeds
+    and the optimizer with its step count. The data follow from the number of steps
+    (`training_batches(start_step=)`).
 
     Attributes:
         steps: training steps taken.
-        epochs: epochs ended, with their evaluation.
-        best_AP: of the model in best.keras; -1 before there is one.
+        epochs: epochs completed, with their evaluation.
+        best_AP: AP of best.keras; -1 before there is one.
         history: losses and metrics of each epoch.
-        curves: what was measured at some of the steps.
-        means: totals and counts of the losses' means over the epoch so far.
+        curves: values of some of the steps.
+        means: totals and counts of the losses' means over the current epoch.
     """
 
     steps: int = 0
@@ -42,35 +44,36 @@ class RunState:
     means: list[float] = dataclasses.field(default_factory=list)
 
 
+def checkpoint_file(folder: Path, steps: int) -> Path:
+    """Returns the path of the checkpoint after a number of steps."""
+    return folder / f"step-{steps:08d}.keras"
+
+
 def write_checkpoint(
-    model: keras.Model, state: RunState, folder: Path, keep: int, is_writer: bool = True
+    model: "keras.Model", state: RunState, folder: Path, keep: int, is_writer: bool = True
 ) -> None:
-    """Writes `step-N.keras`, whole or not at all, and removes all but the last `keep` of them.
+    """Writes `step-N.keras` atomically, and removes all but the `keep` latest checkpoints.
 
-    Every worker calls it, since all have to hand over what they hold; one writes into `folder`.
+    Every worker must call it, since reading the weights may be collective; one writes to `folder`.
 
     Raises:
-        OSError: where it cannot be written; those before it are as they were.
-    """
-    file = folder / f"step-{state.steps:08d}.keras"
-    write_model(model, file, is_writer, state)
-    if is_writer:
-        for old in checkpoints(folder)[:-keep]:
-            old.unlink()
-
-
-def write_model(
-    model: keras.Model, file: Path, is_writer: bool = True, state: RunState | None = None
-) -> None:
-    """Writes a .keras file, whole or not at all.
-
-    Raises:
-        OSError: where it cannot be written; what was there before is as it was.
+        OSError: if it cannot be written; earlier checkpoints are left as they are.
     """
     if not is_writer:
-        with tempfile.TemporaryDirectory() as nowhere:
-            model.save(Path(nowhere) / "unused.keras")
+        with tempfile.TemporaryDirectory() as unused:
+            model.save(Path(unused) / "unused.keras")
         return
+    write_model(model, checkpoint_file(folder, state.steps), state)
+    for old in checkpoints(folder)[:-keep]:
+        old.unlink()
+
+
+def write_model(model: "keras.Model", file: Path, state: RunState | None = None) -> None:
+    """Writes a `.keras` file atomically.
+
+    Raises:
+        OSError: if it cannot be written; an earlier file is left as it is.
+    """
     partial = file.with_name(f".partial-{file.name}")
     try:
         model.save(partial)
@@ -83,10 +86,10 @@ def write_model(
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a text file, whole or not at all.
+    """Writes a text file atomically.
 
     Raises:
-        OSError: where it cannot be written; what was there before is as it was.
+        OSError: if it cannot be written; an earlier file is left as it is.
     """
     partial = file.with_name(f".partial-{file.name}")
     try:
@@ -97,7 +100,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def _move_into_place(partial: Path, file: Path) -> None:
-    # The file is on the disk before it gets its name, and its name before anything follows.
+    # The contents are on disk before the file gets its name, and the name before this returns.
     for path, flags in ((partial, os.O_RDWR), (file.parent, os.O_RDONLY)):
         descriptor = os.open(path, flags)
         try:
@@ -112,50 +115,50 @@ def _raise_unwritten(error: OSError, partial: Path, file: Path) -> None:
     with contextlib.suppress(OSError):
         partial.unlink()
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        reason = "the disk is full; make room"
+        reason = "the disk is full; free some space"
     else:
-        reason = f"{error.strerror or error}; put it right"
+        reason = f"{error.strerror or error}; fix this"
     raise OSError(
-        f"{file} could not be written: {reason} and start the same command again: it goes on from "
-        "the last whole checkpoint."
+        f"{file} could not be written: {reason} and rerun the same command to resume from the last "
+        "checkpoint."
     ) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, the last one at the end."""
+    """Returns the checkpoints of a run, the latest one last."""
     found = (file for file in folder.glob("step-*.keras") if _CHECKPOINT.fullmatch(file.name))
     return sorted(found, key=lambda file: int(_CHECKPOINT.fullmatch(file.name)[1]))
 
 
-def read_checkpoint(model: keras.Model, file: Path) -> RunState:
-    """Puts a checkpoint into a compiled model, and gives the state of its run.
+def read_checkpoint(model: "keras.Model", file: Path) -> RunState:
+    """Loads a checkpoint into a compiled model, and returns the state of its run.
 
     Raises:
-        ValueError: where the file is damaged, has no state, or is of another architecture.
+        ValueError: if the file is damaged, has no state, or is of another architecture.
     """
     others = [str(other) for other in checkpoints(file.parent) if other != file]
-    instead = f"the same command goes on from {others[-1]}" if others else "the run begins anew"
+    resume = f"resume from {others[-1]}" if others else "start again"
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
             if damaged is not None:
-                raise ValueError(f"{damaged} in it does not have its checksum")
+                raise ValueError(f"bad checksum of {damaged}")
             state = RunState(**json.loads(archive.read(_STATE_FILE)))
     except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError) as error:
         raise ValueError(
-            f"Checkpoint {file} cannot be read ({error}): move it away, then {instead}."
+            f"Checkpoint {file} cannot be read ({error}); move it away and rerun the same command "
+            f"to {resume}."
         ) from error
     try:
         with warnings.catch_warnings():
-            # Keras warns where an optimizer's state is left out.
+            # Keras only warns if an optimizer's state does not fit.
             warnings.filterwarnings("error", message=".*optimizer.*")
             model.load_weights(file)
     except (ValueError, UserWarning, KeyError) as error:
-        # What follows names one of the layers and goes on over many lines.
+        # The first line names a layer; many more follow.
         reason = str(error).strip().splitlines()[0].split(" Example error message")[0]
         raise ValueError(
-            f"Checkpoint {file} is of another architecture than the one this run builds: train "
-            "into another --output, or give its own run's config.json by --config. Keras says: "
-            f"{reason}"
+            f"Checkpoint {file} has another architecture than the model of this run; give another "
+            f"--output, or the checkpoint's own config.json as --config. Keras says: {reason}"
         ) from error
     return state

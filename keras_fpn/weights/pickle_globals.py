@@ -67,7 +67,7 @@ def find_storage(
     if type(persistent_id) is not tuple or len(persistent_id) not in (5, 6):
         raise Refused("refers to something other than a tensor's storage outside the pickle")
     role, storage_type, key, _location, number, *view = persistent_id
-    if type(role) is not str or role != "storage" or type(storage_type) is not StorageType:
+    if typed(role, str) != "storage" or type(storage_type) is not StorageType:
         raise Refused("refers to something other than a tensor's storage outside the pickle")
     key, itemsize = typed(key, str), storage_type.dtype.itemsize
     if not _is_size(number):
@@ -88,7 +88,7 @@ def find_storage(
     return Storage(storage_type, buffer)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any = None) -> np.ndarray:
+def _tensor(storage, offset, size, stride, dtype=None) -> np.ndarray:
     if type(storage) is not Storage or not isinstance(dtype, np.dtype | None):
         raise Refused("is damaged: a tensor has no storage or no dtype")
     if not (_is_size(offset) and _is_shape(size) and _is_shape(stride)):
@@ -109,28 +109,17 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any = None
         return np.ndarray(size, dtype, storage.buffer, offset * dtype.itemsize, strides)
 
 
-def _tensor_v2(
-    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, metadata: Any = None
-) -> np.ndarray:
+def _tensor_v2(storage, offset, size, stride, _grad, _hooks, metadata=None) -> np.ndarray:
     return _tensor_v3(storage, offset, size, stride, _grad, _hooks, None, metadata)
 
 
-def _tensor_v3(
-    storage: Any,
-    offset: Any,
-    size: Any,
-    stride: Any,
-    _grad: Any,
-    _hooks: Any,
-    dtype: Any,
-    metadata: Any = None,
-) -> np.ndarray:
+def _tensor_v3(storage, offset, size, stride, _grad, _hooks, dtype, metadata=None) -> np.ndarray:
     if type(metadata) not in (dict, NoneType) or metadata:
         raise Refused("holds a conjugated or negated tensor; only plain tensors are read")
     return _tensor(storage, offset, size, stride, dtype)
 
 
-def _unchanged(value: Any, _grad: Any = None, _hooks: Any = None) -> Any:
+def _unchanged(value, _grad=None, _hooks=None):
     """A parameter is its array, a `torch.Size` its tuple."""
     return value
 
@@ -138,11 +127,11 @@ def _unchanged(value: Any, _grad: Any = None, _hooks: Any = None) -> Any:
 # === NumPy's arrays ===
 
 
-def _unbuilt_dtype(code: Any, _align: Any, _copy: Any) -> Unbuilt:
+def _unbuilt_dtype(code, _align, _copy) -> Unbuilt:
     return Unbuilt(typed(code, str), [])
 
 
-def _unbuilt_array(array_type: Any, _shape: Any, _code: Any) -> Unbuilt:
+def _unbuilt_array(array_type, _shape, _code) -> Unbuilt:
     if array_type is not _NDARRAY:
         raise Refused("holds an array of a class of its own")
     return Unbuilt(None, [])
@@ -185,11 +174,11 @@ def make_array(shape: Any, dtype: Any, is_fortran: bool, raw: Any) -> np.ndarray
     return array.astype(dtype.newbyteorder("="), copy=False)
 
 
-def _scalar(dtype: Any, raw: Any) -> Any:
+def _scalar(dtype, raw) -> Any:
     return make_array((), dtype, False, raw)[()]
 
 
-def _frombuffer(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+def _frombuffer(raw, dtype, shape, order) -> np.ndarray:
     return make_array(shape, dtype, typed(order, str) == "F", raw)
 
 
@@ -204,10 +193,11 @@ def _is_shape(value: Any) -> bool:
 # === Plain values ===
 
 
-def _dictionary(pairs: Any = ()) -> dict:
-    if type(pairs) not in (list, tuple):
-        raise Refused(DAMAGED)
-    if not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
+def _dictionary(pairs=()) -> dict:
+    sequences = (list, tuple)
+    if type(pairs) not in sequences or not all(
+        type(pair) in sequences and len(pair) == 2 for pair in pairs
+    ):
         raise Refused(DAMAGED)
     result = update({}, pairs)
     if len(result) != len(pairs):
@@ -227,7 +217,7 @@ def update(target: dict, pairs: Iterable[Sequence]) -> dict:
     return target
 
 
-def _encode(text: Any, encoding: Any) -> bytes:
+def _encode(text, encoding) -> bytes:
     if typed(encoding, str) not in ("latin1", "latin-1"):
         raise Refused("encodes text in another way than as latin1")
     with damage(UnicodeEncodeError):

@@ -1,4 +1,4 @@
-"""AP and AR agree with pycocotools, on a set with crowds and empty images."""
+"""AP and AR agree with pycocotools, on data with crowds and empty images."""
 
 import contextlib
 import io
@@ -64,17 +64,17 @@ def test_equals_pycocotools():
     assert metrics["AP"] == pytest.approx((metrics["AP/cat"] + metrics["AP/dog"]) / 2)
 
 
-def test_no_detection_at_all_is_an_ap_of_zero():
+def test_ap_is_zero_without_detections():
     truth, _ = ground_truth_and_results()
     metrics = coco_evaluation(truth, []).metrics
     assert metrics["AP"] == 0.0
     assert metrics["AR100"] == 0.0
 
 
-def test_results_of_an_unknown_image_are_refused():
+def test_results_of_an_unknown_image_are_rejected():
     truth, results = ground_truth_and_results()
     results[0]["image_id"] = 4711
-    with pytest.raises(ValueError, match="4711"):
+    with pytest.raises(ValueError, match=r"`results`.*4711"):
         coco_evaluation(truth, results)
 
 

@@ -1,4 +1,4 @@
-"""Reading TFDS data sets and folders in COCO's layout."""
+"""Reading folders in COCO's layout and TFDS data sets."""
 
 import io
 import json
@@ -19,7 +19,7 @@ def read(dataset, *arguments):
 
 
 def prepare_tfds(name, data_dir, examples, split="train"):
-    """Let TFDS write `examples` as the data set `name`, nothing downloaded."""
+    """Has TFDS write `examples` as the data set `name`, without downloading."""
     builder = tfds.builder(name, data_dir=str(data_dir))
     builder._split_generators = lambda manager: {split: iter(enumerate(examples))}
     tfds.disable_progress_bar()
@@ -29,7 +29,7 @@ def prepare_tfds(name, data_dir, examples, split="train"):
 # === A folder in COCO's layout ===
 
 
-def test_a_folder_gives_what_its_annotations_say(coco_folder, plain):
+def test_records_of_a_folder_match_its_annotations(coco_folder, plain):
     objects = [
         {"image_id": 20, "bbox": [6, 4, 30, 20], "category_id": 7, "area": 431.5},
         {"image_id": 10, "bbox": [0, 0, 60, 40], "category_id": 3, "iscrowd": 1},
@@ -81,7 +81,7 @@ def test_the_ground_truth_of_a_folder_is_in_original_pixels(coco_folder, plain):
     ]
 
 
-def test_an_image_without_an_annotated_size_gets_that_of_its_header(coco_folder, plain):
+def test_a_missing_annotated_size_is_read_from_the_header(coco_folder, plain):
     images = [{"id": 1, "file_name": "a.png"}]
     objects = [{"image_id": 1, "bbox": [6, 4, 30, 20]}]
     folder = coco_folder({"a.png": plain(1, 20, 30)}, objects, images=images)
@@ -107,23 +107,23 @@ def test_the_order_is_a_function_of_the_seed_alone(coco_folder, plain, shapes_di
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "sentence"),
+    ("changes", "error", "message"),
     [
-        ({"annotations": None}, ValueError, "'annotations' must be a list"),
+        ({"annotations": None}, ValueError, "'annotations'"),
         ({"images": []}, ValueError, "0 images"),
         ({"images": [{"id": "one", "file_name": "a.png"}]}, ValueError, "'id' 'one'"),
         ({"images": [{"id": 1, "file_name": "a.png"}] * 2}, ValueError, "more than one image"),
-        ({"images": [{"id": 1, "file_name": "z.png"}]}, FileNotFoundError, "1 of the 1 .* z.png"),
+        ({"images": [{"id": 1, "file_name": "z.png"}]}, FileNotFoundError, r"1 of the 1 .* z\.png"),
         ({"annotations": [{"id": 5, "image_id": 10}]}, ValueError, "annotation 5 .* 'category_id'"),
         (
             {"annotations": [{"id": 5, "image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4]}]},
             ValueError,
-            "annotation 5 .* image 11 and category 3",
+            "annotation 5 .* image 11 ",
         ),
         (
             {"annotations": [{"id": 5, "image_id": 10, "category_id": 4, "bbox": [1, 2, 3, 4]}]},
             ValueError,
-            "image 10 and category 4",
+            "annotation 5 .* category 4",
         ),
         (
             {"annotations": [{"id": 5, "image_id": 10, "category_id": 3, "bbox": [1, 2, 3]}]},
@@ -137,34 +137,41 @@ def test_the_order_is_a_function_of_the_seed_alone(coco_folder, plain, shapes_di
         ),
     ],
 )
-def test_annotations_that_are_not_cocos_are_refused(coco_folder, plain, changes, error, sentence):
+def test_annotations_in_another_format_are_rejected(coco_folder, plain, changes, error, message):
     folder = coco_folder({"a.png": plain(1)}, **changes)
-    with pytest.raises(error, match=sentence):
+    with pytest.raises(error, match=message):
         load_dataset(folder, "train")
 
 
-@pytest.mark.parametrize("content", ['{"images": [', "[1, 2]", '{"captions": []}'])
-def test_a_json_of_another_kind_is_refused(coco_folder, plain, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"images": [', "JSON"),
+        ("[1, 2]", "'images'.* list"),
+        ('{"captions": []}', r"\['captions'\]"),
+    ],
+)
+def test_an_annotation_file_of_another_kind_is_rejected(coco_folder, plain, content, message):
     folder = coco_folder({"a.png": plain(1)})
     pathlib.Path(folder, "annotations", "instances_train.json").write_text(content)
-    with pytest.raises(ValueError, match=r"is not (JSON|COCO's)"):
+    with pytest.raises(ValueError, match=rf"instances_train\.json .*{message}"):
         load_dataset(folder, "train")
 
 
-def test_a_folder_that_is_not_cocos_is_refused(coco_folder, plain, tmp_path):
+def test_a_folder_in_another_layout_is_rejected(coco_folder, plain, tmp_path):
     folder = coco_folder({"a.png": plain(1)})
-    with pytest.raises(ValueError, match="has no split 'trian'; it has train"):
+    with pytest.raises(ValueError, match=r"split 'trian'.* train"):
         load_dataset(folder, "trian")
-    with pytest.raises(ValueError, match="data_dir is for TensorFlow Datasets"):
+    with pytest.raises(ValueError, match=f"`data_dir`.*{tmp_path}"):
         load_dataset(folder, "train", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"not in COCO's layout.* a\.png"):
+    with pytest.raises(FileNotFoundError, match=r"/train'.* annotations/.* a\.png"):
         load_dataset(f"{folder}/train", "train")
-    with pytest.raises(NotADirectoryError, match=r"a\.png.* is a file"):
+    with pytest.raises(NotADirectoryError, match=r"a\.png"):
         load_dataset(f"{folder}/train/a.png", "train")
-    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         load_dataset(str(tmp_path / "nowhere"), "train")
     shutil.rmtree(f"{folder}/train")
-    with pytest.raises(FileNotFoundError, match="folder of the images is missing"):
+    with pytest.raises(FileNotFoundError, match="coco_layout/train "):
         load_dataset(folder, "train")
 
 
@@ -174,7 +181,7 @@ def test_a_folder_that_is_not_cocos_is_refused(coco_folder, plain, tmp_path):
 def test_coco_from_tfds_equals_coco_from_a_folder(coco_folder, encode, tmp_path):
     random = np.random.default_rng(0)
     file = encode(random.integers(0, 256, (40, 60, 3), np.uint8), "JPEG")
-    # A stop sign: label 11, category id 13, as id 12 is not in use. A toothbrush is 79 and 90.
+    # A stop sign has label 11 and category id 13, since id 12 is unused; a toothbrush 79 and 90.
     boxes, labels, ids = [[6, 4, 30, 20], [1.5, 2, 3, 4]], [11, 79], [13, 90]
     objects = [
         {"image_id": 10, "bbox": box, "category_id": category, "area": 50, "iscrowd": crowd}
@@ -218,9 +225,9 @@ def test_coco_from_tfds_equals_coco_from_a_folder(coco_folder, encode, tmp_path)
 
     truth, expected = from_tfds.coco_ground_truth(), folder.coco_ground_truth()
     assert truth["images"] == expected["images"]
-    for annotation, wanted in zip(truth["annotations"], expected["annotations"], strict=True):
-        assert annotation.pop("bbox") == pytest.approx(wanted.pop("bbox"), abs=1e-4)
-        assert annotation == wanted
+    for one, other in zip(truth["annotations"], expected["annotations"], strict=True):
+        assert one.pop("bbox") == pytest.approx(other.pop("bbox"), abs=1e-4)
+        assert one == other
 
 
 def test_difficult_objects_of_voc_count_as_crowds(plain, tmp_path):
@@ -244,7 +251,7 @@ def test_difficult_objects_of_voc_count_as_crowds(plain, tmp_path):
     prepare_tfds("voc/2007", tmp_path, [example, example | {"objects": []}])
     dataset = load_dataset("voc/2007", "train", str(tmp_path))
     assert dataset.category_ids == list(range(1, 21))
-    # VOC gives no ids: they are positions in the split.
+    # VOC has no image ids, so they are positions in the split.
     records = read(dataset)
     assert sorted(r["image_id"] for r in records) == [0, 1]
     [record] = [r for r in records if len(r["labels"])]
@@ -256,27 +263,27 @@ def test_difficult_objects_of_voc_count_as_crowds(plain, tmp_path):
     assert annotations[0]["area"] == pytest.approx(192, abs=1e-3)
 
 
-def test_a_part_of_a_split_can_be_asked_for(shapes_dir):
+def test_a_slice_of_a_split(shapes_dir):
     whole = load_dataset("keras_fpn_shapes", "train", str(shapes_dir))
     part = load_dataset("keras_fpn_shapes", "train[2:6]", str(shapes_dir))
     assert part.num_images == 4
-    wanted = [r["image_id"] for r in read(whole)[2:6]]
-    assert [r["image_id"] for r in read(part)] == wanted
-    assert sorted(r["image_id"] for r in read(part, tf.constant([1, 2]))) == sorted(wanted)
+    expected = [r["image_id"] for r in read(whole)[2:6]]
+    assert [r["image_id"] for r in read(part)] == expected
+    assert sorted(r["image_id"] for r in read(part, tf.constant([1, 2]))) == sorted(expected)
 
 
-def test_unknown_names_get_the_nearest_ones(shapes_dir, tmp_path):
-    with pytest.raises(ValueError, match=r"no data set 'cocco/2017'; it has coco,"):
+def test_unknown_names_are_rejected_with_the_nearest(shapes_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"'cocco/2017'.* coco,"):
         load_dataset("cocco/2017", "train")
-    with pytest.raises(ValueError, match=r"no data set 'coco/2018'.* coco/2017"):
+    with pytest.raises(ValueError, match=r"'coco/2018'.* coco/2017"):
         load_dataset("coco/2018", "train")
-    with pytest.raises(ValueError, match="cannot open 'a name'"):
+    with pytest.raises(ValueError, match="'a name'"):
         load_dataset("a name", "train")
-    with pytest.raises(ValueError, match="no split 'test'; it has train, validation"):
+    with pytest.raises(ValueError, match=r"split 'test'.* train, validation"):
         load_dataset("keras_fpn_shapes", "test", str(shapes_dir))
 
 
-def test_a_data_set_of_another_kind_is_refused(tmp_path):
+def test_a_data_set_without_boxes_is_rejected(tmp_path):
     image = np.zeros((28, 28, 1), np.uint8)
     prepare_tfds("mnist", tmp_path, [{"image": image, "label": 1}])
     with pytest.raises(ValueError, match=r"'objects' .* \['image', 'label'\]"):
@@ -284,20 +291,20 @@ def test_a_data_set_of_another_kind_is_refused(tmp_path):
 
 
 def test_a_data_set_that_is_not_prepared_is_not_downloaded(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"`data_dir`.*nowhere"):
         load_dataset("coco/2017", "train", str(tmp_path / "nowhere"))
     with pytest.raises(
-        FileNotFoundError, match=r"not prepared: .*holds nothing; .*tfds build coco"
+        FileNotFoundError, match=r"coco/2017 .*nothing.*`tfds build coco/2017`.* --download"
     ):
         load_dataset("coco/2017", "train", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"training/demo_dataset\.py makes it"):
+    with pytest.raises(FileNotFoundError, match=r"python -m keras_fpn\.data\.demo_dataset"):
         load_dataset("keras_fpn_shapes", "train", str(tmp_path))
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="is a file"):
+    with pytest.raises(NotADirectoryError, match=r"`data_dir`.*file"):
         load_dataset("coco/2017", "train", str(tmp_path / "file"))
 
 
-def test_a_half_written_data_set_is_refused(shapes_dir, tmp_path):
+def test_an_incomplete_data_set_is_rejected(shapes_dir, tmp_path):
     folder = tmp_path / "keras_fpn_shapes" / "1.0.0"
     shutil.copytree(shapes_dir, tmp_path, dirs_exist_ok=True)
     shard = next(folder.glob("*-train.tfrecord*"))
@@ -307,12 +314,10 @@ def test_a_half_written_data_set_is_refused(shapes_dir, tmp_path):
         return load_dataset("keras_fpn_shapes", "train", str(tmp_path))
 
     shard.write_bytes(content[:-100])
-    with pytest.raises(
-        ValueError, match=f"{shard.name} is truncated: .*{len(content) - 100} bytes"
-    ):
+    with pytest.raises(ValueError, match=f"{shard.name} .*{len(content) - 100} bytes"):
         load()
     shard.write_bytes(b"")
-    with pytest.raises(ValueError, match="is truncated"):
+    with pytest.raises(ValueError, match=f"{shard.name} .* 0 bytes"):
         load()
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=f"1 of the 1 files .*{shard.name}"):
@@ -323,8 +328,8 @@ def test_a_half_written_data_set_is_refused(shapes_dir, tmp_path):
     info = json.loads((folder / "dataset_info.json").read_text())
     assert info["name"] == "keras_fpn_shapes"
     (folder / "dataset_info.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"in part only: .*no dataset_info\.json"):
+    with pytest.raises(FileNotFoundError, match=r"dataset_info\.json"):
         load()
     folder.rename(folder.parent / "incomplete.ABC_1.0.0")
-    with pytest.raises(FileNotFoundError, match=r"in part only: .*incomplete\.ABC_1\.0\.0"):
+    with pytest.raises(FileNotFoundError, match=r"incomplete\.ABC_1\.0\.0"):
         load()

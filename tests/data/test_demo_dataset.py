@@ -1,4 +1,4 @@
-"""The drawn demo data set."""
+"""The synthetic demo data set."""
 
 import io
 
@@ -9,7 +9,7 @@ from keras_fpn.data import demo_dataset
 from keras_fpn.data.datasets import load_dataset
 
 
-def test_the_data_set_is_what_its_builder_says(shapes_dir):
+def test_contents_of_the_data_set(shapes_dir):
     names = []
     for split, number in (("train", 10), ("validation", 4)):
         dataset = load_dataset("keras_fpn_shapes", split, str(shapes_dir))
@@ -41,7 +41,7 @@ def test_preparing_twice_gives_the_same_bytes(shapes_dir, tmp_path, monkeypatch)
         assert one == other, name
 
 
-def test_a_prepared_data_set_is_left_alone(shapes_dir):
+def test_a_prepared_data_set_is_not_written_again(shapes_dir):
     info = shapes_dir / "keras_fpn_shapes" / "1.0.0" / "dataset_info.json"
     written = info.stat().st_mtime_ns
     demo_dataset.prepare(str(shapes_dir))
@@ -49,11 +49,11 @@ def test_a_prepared_data_set_is_left_alone(shapes_dir):
 
 
 def test_boxes_are_tight_around_the_drawn_shapes(monkeypatch):
-    # On black, in white, one shape alone: its pixels are those that are bright.
+    # A single white shape on black, whose pixels are the bright ones.
     monkeypatch.setattr(
         demo_dataset, "_background", lambda random, height, width: np.zeros((height, width, 3))
     )
-    monkeypatch.setattr(demo_dataset, "_contrasting_colour", lambda *arguments: np.full(3, 255.0))
+    monkeypatch.setattr(demo_dataset, "_contrasting_color", lambda *arguments: np.full(3, 255.0))
     alone, edges = 0, []
     for seed in range(60):
         pixels, objects = demo_dataset.draw_image(np.random.default_rng(seed))
@@ -68,7 +68,7 @@ def test_boxes_are_tight_around_the_drawn_shapes(monkeypatch):
     for seed in range(200):
         _, objects = demo_dataset.draw_image(np.random.default_rng(seed))
         edges += [max(x2 - x1, y2 - y1) for _, (x1, y1, x2, y2), _ in objects]
-    # Diameters from 32 to 150, uniform in the logarithm: the median is the geometric mean, 69. The
+    # Diameters are log-uniform in 32..150, so their median is the geometric mean, 69. The
     # longer side of a square is a diameter over the root of 2, that of the others up to a diameter.
     assert 32 / 2**0.5 - 1 < min(edges) < 32
     assert 130 < max(edges) < 152

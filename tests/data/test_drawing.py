@@ -1,4 +1,4 @@
-"""Boxes are drawn where they are, in one colour a class, with labels that can be read."""
+"""Drawing of boxes, in one color per class, with readable labels."""
 
 import io
 import itertools
@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw
 
 from keras_fpn.data.drawing import draw_detections
 
-GREY = np.full((100, 160, 3), 128, "uint8")
+GRAY = np.full((100, 160, 3), 128, "uint8")
 
 
-def draw(labels, scores=None, boxes=None, image=GREY, **arguments):
+def draw(labels, scores=None, boxes=None, image=GRAY, **arguments):
     count = len(labels)
     detections = {
         "boxes": np.array(boxes or [[20, 40, 90, 80]] * count, "float32"),
@@ -23,12 +23,12 @@ def draw(labels, scores=None, boxes=None, image=GREY, **arguments):
 
 
 def changed(picture):
-    return (picture != GREY).any(-1)
+    return (picture != GRAY).any(-1)
 
 
 @pytest.fixture
 def written(monkeypatch):
-    """Each text that is drawn, and the pixels (left, top, right, bottom) of its ink."""
+    """Each drawn text with its bounding box (left, top, right, bottom)."""
     texts = []
     original = ImageDraw.ImageDraw.text
 
@@ -49,18 +49,18 @@ def test_the_outline_is_drawn_and_nothing_inside_it():
     assert not different[:, 100:].any()
 
 
-def test_classes_have_colours_of_their_own_that_stay():
+def test_each_class_has_its_own_constant_color():
     cat, dog = draw([0])[60, 20], draw([1])[60, 20]
     assert tuple(cat) != tuple(dog)
     np.testing.assert_array_equal(draw([1, 0], boxes=[[0, 0, 9, 9], [20, 40, 90, 80]])[60, 20], cat)
-    colours = set()
+    colors = set()
     for label in range(80):
-        picture = draw_detections(GREY, {"boxes": [[20, 40, 90, 80]], "labels": [label]})
-        colours.add(picture.getpixel((20, 60)))
-    assert len(colours) == 80
+        picture = draw_detections(GRAY, {"boxes": [[20, 40, 90, 80]], "labels": [label]})
+        colors.add(picture.getpixel((20, 60)))
+    assert len(colors) == 80
 
 
-def test_padding_rows_and_unsure_detections_are_left_out():
+def test_padding_and_low_scores_are_not_drawn():
     assert not changed(draw([-1, -1])).any()
     assert not changed(draw([0], scores=[0.49])).any()
     assert changed(draw([0], scores=[0.5])).any()
@@ -69,15 +69,15 @@ def test_padding_rows_and_unsure_detections_are_left_out():
     assert not changed(draw([])).any()
 
 
-def test_labels_say_class_and_score(written):
+def test_labels_show_class_and_score(written):
     draw([1], scores=[0.876])
-    draw_detections(GREY, {"boxes": [[20, 40, 90, 80]], "labels": [7], "scores": [0.5]})
-    draw_detections(GREY, {"boxes": [[20, 40, 90, 80]], "labels": [0]}, ["cat"])
+    draw_detections(GRAY, {"boxes": [[20, 40, 90, 80]], "labels": [7], "scores": [0.5]})
+    draw_detections(GRAY, {"boxes": [[20, 40, 90, 80]], "labels": [0]}, ["cat"])
     assert [text for text, _ in written] == ["dog 0.88", "7 0.50", "cat"]
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (150, 0), (0, 90), (150, 90), (-40, -40), (400, 300)])
-def test_labels_of_boxes_at_the_edge_stay_in_the_picture(written, corner):
+def test_labels_of_boxes_at_the_edge_stay_within_the_image(written, corner):
     x, y = corner
     draw([1], boxes=[[x, y, x + 9, y + 9]])
     [(text, (left, top, right, bottom))] = written
@@ -86,7 +86,7 @@ def test_labels_of_boxes_at_the_edge_stay_in_the_picture(written, corner):
     assert 0 <= top < bottom <= 100
 
 
-def test_labels_of_boxes_in_one_place_do_not_cover_each_other(written):
+def test_labels_of_overlapping_boxes_do_not_overlap(written):
     image = np.full((300, 400, 3), 128, "uint8")
     boxes = [[150 + 3 * i, 140 + 2 * i, 230 + 3 * i, 180 + 2 * i] for i in range(12)]
     draw([0, 1] * 6, boxes=boxes, image=image)
@@ -95,7 +95,7 @@ def test_labels_of_boxes_in_one_place_do_not_cover_each_other(written):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
-def test_in_a_crowd_the_surest_keep_their_labels(written):
+def test_without_room_the_highest_scores_keep_their_labels(written):
     scores = np.linspace(0.99, 0.5, 50).tolist()
     draw([0] * 50, scores=scores, boxes=[[40, 40, 60, 60]] * 50)
     assert 3 <= len(written) < 50
@@ -104,9 +104,9 @@ def test_in_a_crowd_the_surest_keep_their_labels(written):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
-def test_long_names_end_in_dots_before_the_score(written):
+def test_long_names_end_in_an_ellipsis_before_the_score(written):
     name = "a name that is longer than anything that a picture has room for"
-    draw_detections(GREY, {"boxes": [[20, 40, 90, 80]], "labels": [0], "scores": [0.7]}, [name])
+    draw_detections(GRAY, {"boxes": [[20, 40, 90, 80]], "labels": [0], "scores": [0.7]}, [name])
     [(text, (left, _, right, _))] = written
     assert text.endswith("\N{HORIZONTAL ELLIPSIS} 0.70")
     assert text.startswith("a name")
@@ -114,7 +114,7 @@ def test_long_names_end_in_dots_before_the_score(written):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (32, 32), (8, 400), (400, 8), (2000, 3000)])
-def test_pictures_of_any_size_are_drawn_on(written, size):
+def test_images_of_any_size(written, size):
     image = np.full((*size, 3), 128, "uint8")
     height, width = size
     boxes = [[0.2 * width, 0.3 * height, 0.7 * width, 0.8 * height]]
@@ -125,53 +125,55 @@ def test_pictures_of_any_size_are_drawn_on(written, size):
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
     if size == (2000, 3000):
-        # Text grows with the picture: it is over a hundredth of its height.
+        # Text scales with the image: it is taller than a hundredth of its height.
         assert written[0][1][3] - written[0][1][1] > 20
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
-def test_lines_and_labels_show_on_dark_and_on_light(value):
+def test_lines_are_visible_on_dark_and_light_images(value):
     image = np.full((400, 600, 3), value, "uint8")
     for label in range(12):
         detections = {"boxes": [[100, 100, 400, 300]], "labels": [label], "scores": [0.9]}
         across = np.asarray(draw_detections(image, detections))[200, 90:110].astype(int)
-        # Somewhere across the line the brightness differs by a third of the range.
+        # Somewhere across the line the brightness differs by a third of the full range.
         brightness = across @ [0.3, 0.59, 0.11]
         assert abs(brightness - value).max() > 85
 
 
-def test_paths_bytes_pictures_and_arrays_are_drawn_on_alike(tmp_path):
-    Image.fromarray(GREY).save(tmp_path / "grey.png")
+def test_paths_bytes_pil_images_and_arrays_give_the_same_result(tmp_path):
+    Image.fromarray(GRAY).save(tmp_path / "gray.png")
     stream = io.BytesIO()
-    Image.fromarray(GREY).save(stream, "PNG")
-    wanted = draw([0])
+    Image.fromarray(GRAY).save(stream, "PNG")
+    expected = draw([0])
     for image in (
-        str(tmp_path / "grey.png"),
-        tmp_path / "grey.png",
+        str(tmp_path / "gray.png"),
+        tmp_path / "gray.png",
         stream.getvalue(),
-        Image.fromarray(GREY),
-        Image.fromarray(GREY[..., 0]),
-        Image.fromarray(GREY[..., 0].astype("uint16") * 257),
-        GREY[..., 0],
-        GREY.astype("float32") + 0.3,
+        Image.fromarray(GRAY),
+        Image.fromarray(GRAY[..., 0]),
+        Image.fromarray(GRAY[..., 0].astype("uint16") * 257),
+        GRAY[..., 0],
+        GRAY.astype("float32") + 0.3,
     ):
-        np.testing.assert_array_equal(draw([0], image=image), wanted)
+        np.testing.assert_array_equal(draw([0], image=image), expected)
 
 
-def test_the_image_itself_is_left_as_it_was():
-    picture = Image.fromarray(GREY)
+def test_the_input_image_is_not_modified():
+    picture = Image.fromarray(GRAY)
     draw([0])
     draw([0], image=picture)
-    assert (GREY == 128).all()
+    assert (GRAY == 128).all()
     assert (np.asarray(picture) == 128).all()
 
 
-def test_what_cannot_be_drawn_is_refused():
-    with pytest.raises(ValueError, match="Label 2 has no name: `class_names` has 2"):
+def test_invalid_inputs_are_rejected():
+    with pytest.raises(ValueError, match=r"`class_names` has 2 .*label 2"):
         draw([2])
-    with pytest.raises(ValueError, match=r"one image .* received shapes \(1, 2, 4\) and \(1, 2\)"):
-        draw_detections(GREY, {"boxes": np.zeros((1, 2, 4)), "labels": np.zeros((1, 2))})
-    with pytest.raises(ValueError, match=r"2 'labels' and 'scores' of shape \(1,\)"):
+    with pytest.raises(
+        ValueError, match=r"`detections`.* received shapes \(1, 2, 4\) and \(1, 2\)"
+    ):
+        draw_detections(GRAY, {"boxes": np.zeros((1, 2, 4)), "labels": np.zeros((1, 2))})
+    with pytest.raises(ValueError, match=r"'scores'.* \(2,\); received \(1,\)"):
         draw([0, 1], scores=[0.5])
-    with pytest.raises(ValueError, match=r"received shape \(3, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"`image`.* received shape \(3, 8, 8\)"):
         draw([0], image=np.zeros((3, 8, 8)))

@@ -1,4 +1,4 @@
-"""Image files become the pixels that Pillow reads, or a reason why not, inside graphs."""
+"""Image files decode to the same pixels as in Pillow, or are rejected with a reason, in graphs."""
 
 import io
 import struct
@@ -24,8 +24,8 @@ SMOOTH = Image.fromarray(np.stack([4 * X, 6 * Y, 2 * (X + Y)], -1).astype(np.uin
 TRANSLUCENT = SMOOTH.copy()
 TRANSLUCENT.putalpha(Image.fromarray((4 * X).astype(np.uint8)))
 TURNED = Image.Exif()
-TURNED[0x0112] = 6  # A camera held upright.
-GREY16 = ((X + 60 * Y) * 27).astype(np.uint16)
+TURNED[0x0112] = 6  # Rotated by 90 degrees.
+GRAY16 = ((X + 60 * Y) * 27).astype(np.uint16)
 
 
 def encode(image: Image.Image, file_format: str, **options) -> bytes:
@@ -55,7 +55,7 @@ SOF = JPEG.index(b"\xff\xc0")
 READABLE = {
     "rgb.jpg": JPEG,
     "progressive.jpg": encode(SMOOTH, "JPEG", progressive=True),
-    "grey.jpg": encode(SMOOTH.convert("L"), "JPEG"),
+    "gray.jpg": encode(SMOOTH.convert("L"), "JPEG"),
     "turned.jpg": encode(SMOOTH, "JPEG", exif=TURNED),
     "rgb.png": PNG,
     "palette.png": encode(PALETTE, "PNG"),
@@ -72,24 +72,24 @@ READABLE = {
     ),
     "alpha.bmp": encode(TRANSLUCENT, "BMP"),
     "palette.bmp": encode(PALETTE, "BMP"),
-    "grey.bmp": encode(SMOOTH.convert("L"), "BMP"),
+    "gray.bmp": encode(SMOOTH.convert("L"), "BMP"),
     "lossy.webp": WEBP,
     "lossless.webp": LOSSLESS,
     "alpha.webp": CANVAS,
     "alpha_lossless.webp": encode(TRANSLUCENT, "WEBP", lossless=True),
 }
-REFUSED = {
+REJECTED = {
     "empty": (b"", "empty file"),
     "text": (b"This is no image.", "not a JPEG, PNG, GIF, BMP or WebP file"),
     "beginning of a JPEG": (JPEG[:20], "damaged header"),
     "beginning of a WebP": (WEBP[:26], "damaged header"),
-    "two colours": (
+    "two colors": (
         encode(SMOOTH.convert("1"), "BMP"),
-        "a BMP of 1 bits a pixel, compression 0, which TensorFlow cannot decode",
+        "unsupported BMP: 1 bits per pixel, compression 0",
     ),
     "animated WebP": (
         encode(SMOOTH, "WEBP", save_all=True, append_images=[SECOND.convert("RGB")]),
-        "an animated WebP; a still one is wanted",
+        "unsupported WebP: animated",
     ),
     # Headers that claim more than MAX_PIXELS.
     "JPEG bomb": (
@@ -114,7 +114,7 @@ REFUSED = {
         "claims 16384x16384 pixels",
     ),
     "WebP canvas bomb": (replaced(CANVAS, 24, b"\xff" * 6), "claims 16777216x16777216 pixels"),
-    # Headers that say less than what the decoder would decode.
+    # Headers that claim less than the decoder would decode.
     "JPEG with two sizes": (
         JPEG[:SOF] + replaced(JPEG[SOF : SOF + 19], 5, struct.pack(">HH", 4, 3)) + JPEG[SOF:],
         "damaged header",
@@ -125,14 +125,14 @@ REFUSED = {
     ),
     "GIF with a frame over its canvas": (
         replaced(GIF, 6, struct.pack("<HH", 10, 10)),
-        "a GIF whose first frame does not fill its canvas",
+        "unsupported GIF: the first frame does not fill the canvas",
     ),
     "GIF with a frame beside its corner": (
         replaced(GIF, GIF_FRAME + 1, struct.pack("<H", 3)),
-        "a GIF whose first frame does not fill its canvas",
+        "unsupported GIF: the first frame does not fill the canvas",
     ),
 }
-# The header is that of an image; what follows is not, or is one of another size.
+# The header is valid, but the rest is incomplete or of another size.
 DAMAGED = {
     "truncated JPEG": JPEG[:-200],
     "truncated PNG": PNG[: len(PNG) // 2],
@@ -145,9 +145,9 @@ DAMAGED = {
 
 @pytest.fixture(scope="module")
 def read():
-    """`read_image` in a graph and a data set, as programs call it."""
-    files = [*READABLE.values(), *(content for content, _ in REFUSED.values()), *DAMAGED.values()]
-    names = [*READABLE, *REFUSED, *DAMAGED]
+    """Results of `read_image` in a data set's graph, where programs call it."""
+    files = [*READABLE.values(), *(content for content, _ in REJECTED.values()), *DAMAGED.values()]
+    names = [*READABLE, *REJECTED, *DAMAGED]
     results = tf.data.Dataset.from_tensor_slices(files).map(
         lambda content: (*read_image(content), read_image_size(content)[0]), num_parallel_calls=2
     )
@@ -158,22 +158,22 @@ def read():
 def test_pixels_are_those_of_pillow(read, name):
     image, problem, size = read[name]
     with Image.open(io.BytesIO(READABLE[name])) as picture:
-        wanted = np.asarray(picture.convert("RGB"))
+        expected = np.asarray(picture.convert("RGB"))
     assert problem == b""
     np.testing.assert_array_equal(size, [40, 60])
-    np.testing.assert_array_equal(image, wanted)
+    np.testing.assert_array_equal(image, expected)
 
 
 def test_sixteen_bits_become_eight():
-    image, problem = read_image(encode(Image.fromarray(GREY16), "PNG"))
+    image, problem = read_image(encode(Image.fromarray(GRAY16), "PNG"))
     assert problem == b""
-    np.testing.assert_allclose(image, np.repeat(GREY16[..., None] / 257, 3, axis=-1), atol=1)
+    np.testing.assert_allclose(image, np.repeat(GRAY16[..., None] / 257, 3, axis=-1), atol=1)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_header_is_refused_with_its_reason(read, name):
+@pytest.mark.parametrize("name", REJECTED)
+def test_a_header_is_rejected_with_the_reason(read, name):
     image, problem, size = read[name]
-    assert problem.decode() == REFUSED[name][1]
+    assert problem.decode() == REJECTED[name][1]
     assert image.shape == (0, 0, 3)
     np.testing.assert_array_equal(size, [0, 0])
 
@@ -185,7 +185,7 @@ def test_a_damaged_file_has_no_pixels(read, name):
     assert image.shape == (0, 0, 3)
 
 
-def test_the_limit_is_on_pixels_not_on_edges():
+def test_the_limit_applies_to_pixels_not_edges():
     def claiming(width, height):
         return replaced(PNG, 16, struct.pack(">II", width, height))
 
@@ -195,37 +195,37 @@ def test_the_limit_is_on_pixels_not_on_edges():
     assert read_image_size(claiming(MAX_PIXELS + 1, 1))[1] == b"claims 178956971x1 pixels"
 
 
-def test_of_a_gif_only_the_first_frame_is_decoded():
-    # The second frame claims four thousand million pixels.
+def test_only_the_first_frame_of_a_gif_is_decoded():
+    # The second frame claims four billion pixels.
     frame = ANIMATED.rindex(b",\0\0\0\0" + struct.pack("<HH", 60, 40))
     assert frame > GIF_FRAME
     bomb = replaced(ANIMATED, frame, b",\0\0\0\0\xff\xff\xff\xff")
     np.testing.assert_array_equal(decode_image(bomb), np.asarray(PALETTE.convert("RGB")))
 
 
-def test_an_image_is_resized_to_the_shorter_edge_unless_that_makes_it_too_long():
+def test_the_shorter_edge_is_resized_unless_the_longer_exceeds_its_limit():
     sizes = [[480, 640], [640, 427], [100, 1000], [1, 5000], [1600, 1600]]
     # 640 * 800 / 480 = 1066.7; 640 * 800 / 427 = 1199.1; 100 * 1333 / 1000 = 133.3.
-    wanted = [[800, 1067], [1199, 800], [133, 1333], [1, 1333], [800, 800]]
-    np.testing.assert_array_equal(resized_size(tf.constant(sizes), 800, 1333), wanted)
-    for size, one in zip(sizes, wanted, strict=True):
+    expected = [[800, 1067], [1199, 800], [133, 1333], [1, 1333], [800, 800]]
+    np.testing.assert_array_equal(resized_size(tf.constant(sizes), 800, 1333), expected)
+    for size, one in zip(sizes, expected, strict=True):
         np.testing.assert_array_equal(resized_size(tf.constant(size), 800, 1333), one)
 
 
-def test_resizing_is_bilinear_with_half_pixel_centres():
+def test_resizing_is_bilinear_with_half_pixel_centers():
     image = np.zeros((1, 2, 3), np.uint8)
     image[0, 1] = 200
-    # Four pixels out of two: their centres lie at -0.25, 0.25, 0.75 and 1.25 of the old ones.
+    # From two pixels to four, whose centers are at -0.25, 0.25, 0.75 and 1.25.
     resized = resize_image(image, [1, 4])
     np.testing.assert_allclose(resized[0, :, 0], [0, 50, 150, 200])
-    # Without antialiasing: one pixel out of four takes those beside its centre.
+    # Without antialiasing, from four pixels to one: the mean of those next to its center.
     row = np.repeat(np.array([[9, 100, 200, 9]], np.uint8)[..., None], 3, axis=-1)
     np.testing.assert_allclose(resize_image(row, [1, 1])[0, 0], [150] * 3)
 
 
-def test_buckets_are_the_shapes_that_images_can_need():
+def test_bucket_shapes():
     # 800 * 4/3 = 1066.7 and 1333, rounded up to multiples of 32.
-    wanted = [(800, 1088), (1088, 800), (800, 1344), (1344, 800)]
-    assert bucket_shapes(800, 1333, (4 / 3, 5 / 3)) == wanted
+    expected = [(800, 1088), (1088, 800), (800, 1344), (1344, 800)]
+    assert bucket_shapes(800, 1333, (4 / 3, 5 / 3)) == expected
     assert bucket_shapes(256, 256, (4 / 3,)) == [(256, 256)]
     assert bucket_shapes(800, 1333, (1.0, 2.0)) == [(800, 800), (800, 1344), (1344, 800)]

@@ -1,0 +1,372 @@
+"""A training run, from its options and recipe to its report."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_fpn
+from keras_fpn.data.datasets import DetectionDataset, load_dataset
+from keras_fpn.data.pipeline import training_batches
+from keras_fpn.data.skip_report import SkipReport
+from keras_fpn.optimization import SGDWithL2, WarmupCosineDecay, WarmupStepDecay
+from keras_fpn.runs.callbacks import RunContext, averaged_weights, run_callbacks
+from keras_fpn.runs.command import exits_on_bad_input
+from keras_fpn.runs.evaluation import Evaluation, check_same_classes
+from keras_fpn.runs.recipes import Recipe
+from keras_fpn.runs.report import write_report
+from keras_fpn.runs.run_folder import claim_run
+from keras_fpn.runs.run_state import RunState, checkpoint_file, checkpoints, read_checkpoint
+from keras_fpn.runs.stop_signal import Interrupted, StopSignal
+from keras_fpn.runs.strategies import (
+    choose_strategy,
+    gather_from_workers,
+    num_workers,
+    sum_over_workers,
+    worker_index,
+)
+from keras_fpn.runs.train import Run
+
+
+def train(options: Run, recipe: Recipe) -> None:
+    """Trains, or resumes training, and writes the report."""
+    with exits_on_bad_input():
+        strategy = choose_strategy(options.strategy)
+        recipe = checked_recipe(recipe, strategy.num_replicas_in_sync, options.jit_compile)
+        train_data, validation_data = open_splits(options)
+        steps = steps_per_epoch(recipe, train_data)
+        keras.utils.set_random_seed(recipe.seed)
+        if recipe.precision != "float32":
+            keras.config.set_dtype_policy(f"mixed_{recipe.precision}")
+        with strategy.scope():
+            model = build_model(recipe, train_data.class_names)
+    # An error in here is a bug, not bad input.
+    with strategy.scope():
+        model.compile(build_optimizer(recipe, steps), jit_compile=options.jit_compile)
+        model.optimizer.build(model.trainable_variables)
+    configuration = configuration_of(options, recipe, train_data, model)
+    with exits_on_bad_input():
+        state = resume(model, options.output, configuration)
+    edges = {"shorter_edge": recipe.evaluation_shorter_edge, "longest_edge": recipe.longest_edge}
+    evaluation = Evaluation(model, validation_data, recipe.batch_size, **edges)
+    run = RunContext(options.output, model, recipe, steps, evaluation, state)
+    steps_before, started = state.steps, time.time()
+    if run.is_writer:
+        print(
+            f"{train_data.num_images} images of {options.dataset} ({options.train_split}), "
+            f"{len(train_data.class_names)} classes; {recipe.epochs} epochs of {steps} steps of "
+            f"{recipe.batch_size} images on {describe(strategy)}; {model.count_params():,} "
+            f"parameters; {f'{state.steps} steps are done; ' if state.steps else ''}"
+            f"writing to {options.output}",
+            flush=True,
+        )
+    if state.epochs < recipe.epochs:
+        fit(run, train_data, options.verbose if run.is_writer else 0)
+    elif not is_report_missing(run):
+        print(f"The run in {options.output} is complete; see {options.output / 'report.html'}.")
+        return
+    else:
+        with averaged_weights(model):
+            run.evaluate()
+    if run.is_writer:
+        page = write_report(
+            options.output,
+            title=f"{options.dataset}, {model.backbone.name}",
+            configuration=configuration,
+            steps=state.curves,
+            history=state.history,
+            evaluation=run.scores,
+            ground_truth=evaluation.ground_truth,
+            results=run.results,
+            read_images=validation_data.read_images,
+        )
+        print(
+            f"Trained {state.steps - steps_before} steps in {time.time() - started:.0f} s, "
+            f"including evaluation; see {page}."
+        )
+
+
+def checked_recipe(recipe: Recipe, replicas: int, jit_compile: bool | str) -> Recipe:
+    """Checks the numbers of a recipe, and resolves its batch size.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+    if recipe.batch_size is None:
+        recipe = dataclasses.replace(recipe, batch_size=2 * replicas)
+    if recipe.batch_size < 1 or recipe.batch_size % replicas:
+        raise ValueError(
+            f"--batch-size must be a multiple of the {replicas} replicas; received "
+            f"{recipe.batch_size}."
+        )
+    for name in ("epochs", "evaluate_every", "checkpoint_steps", "keep_checkpoints"):
+        if getattr(recipe, name) < 1:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be at least 1; received {getattr(recipe, name)}.")
+    if recipe.average_decay is not None and not 0 < recipe.average_decay < 1:
+        raise ValueError(
+            f"--average-decay must be between 0 and 1; received {recipe.average_decay}."
+        )
+    if recipe.clip_norm is not None and not recipe.clip_norm > 0:
+        raise ValueError(f"--clip-norm must be above 0; received {recipe.clip_norm}.")
+    if jit_compile is True and replicas > 1:
+        raise ValueError(f"--jit-compile works with one replica; received {replicas}.")
+    return recipe
+
+
+def open_splits(options: Run) -> tuple[DetectionDataset, DetectionDataset]:
+    """Opens the splits for training and validation.
+
+    Raises:
+        ValueError: if they have different classes; further as in `load_dataset`.
+    """
+    train_data, validation_data = (
+        load_dataset(options.dataset, split, options.data_dir, download=options.download)
+        for split in (options.train_split, options.validation_split)
+    )
+    check_same_classes(
+        validation_data, train_data.class_names, train_data.category_ids, "the training split"
+    )
+    return train_data, validation_data
+
+
+def steps_per_epoch(recipe: Recipe, data: DetectionDataset) -> int:
+    """Returns the number of steps per epoch.
+
+    Raises:
+        ValueError: if an epoch has less than one batch.
+    """
+    images = recipe.images_per_epoch or data.num_images
+    if images < recipe.batch_size:
+        raise ValueError(
+            f"--batch-size must be at most the {images} images per epoch; received "
+            f"{recipe.batch_size}."
+        )
+    return images // recipe.batch_size
+
+
+def build_model(recipe: Recipe, class_names: list[str]) -> keras_fpn.FasterRCNN:
+    """Builds the detector of a recipe."""
+    return keras_fpn.build_fpn_faster_rcnn(
+        class_names=class_names, seed=recipe.seed, **recipe.model
+    )
+
+
+def build_optimizer(recipe: Recipe, steps_per_epoch: int) -> SGDWithL2:
+    """Builds the papers' SGD; rate and warm-up follow the batch size by the linear rule."""
+    scale = recipe.batch_size / 16
+    rate = recipe.learning_rate * scale
+    warmup_steps = min(round(recipe.warmup_steps / scale), steps_per_epoch)
+    if recipe.schedule == "cosine":
+        schedule = WarmupCosineDecay(rate, warmup_steps, recipe.epochs * steps_per_epoch)
+    else:
+        decay_steps = [epoch * steps_per_epoch for epoch in recipe.decay_epochs]
+        schedule = WarmupStepDecay(rate, warmup_steps, decay_steps)
+    return SGDWithL2(
+        schedule,
+        momentum=recipe.momentum,
+        l2=recipe.weight_decay,
+        global_clipnorm=recipe.clip_norm,
+        use_ema=recipe.average_decay is not None,
+        ema_momentum=recipe.average_decay or 0.99,
+    )
+
+
+def configuration_of(
+    options: Run, recipe: Recipe, data: DetectionDataset, model: keras_fpn.FasterRCNN
+) -> dict:
+    """Returns what goes into config.json: what was asked for, and what it resulted in."""
+    return {
+        "dataset": options.dataset,
+        "data_dir": options.data_dir,
+        "train_split": options.train_split,
+        "validation_split": options.validation_split,
+        "recipe": dataclasses.asdict(recipe),
+        "class_names": data.class_names,
+        "category_ids": data.category_ids,
+        "stages": {name: getattr(model, name).get_config() for name in model.stage_names},
+        "versions": {
+            "keras_fpn": keras_fpn.__version__,
+            "keras": keras.__version__,
+            "tensorflow": tf.__version__,
+        },
+    }
+
+
+def resume(model: keras_fpn.FasterRCNN, output: Path, configuration: dict) -> RunState:
+    """Claims the output folder, and loads its last checkpoint if there is one.
+
+    Worker 0 tells the others which checkpoint it found.
+
+    Raises:
+        ValueError: if the folder is of another run, or the checkpoint does not fit.
+        OSError: if the folder cannot be used, or is not shared by all workers.
+    """
+    strategy = model.distribute_strategy
+    refused, none = -2, -1
+    answer, error = refused, None
+    if worker_index(strategy) == 0:
+        try:
+            file = claim_run(output, configuration)
+            answer = none if file is None else int(file.stem.removeprefix("step-"))
+        except (ValueError, OSError) as raised:
+            error = raised
+    answer = int(gather_from_workers(strategy, np.array([answer], np.int64))[0])
+    if error is not None:
+        raise error
+    if answer == refused:
+        raise ValueError(f"Worker 0 refuses --output {str(output)!r}; see its own error.")
+    if answer == none:
+        return RunState()
+    file = checkpoint_file(output / "checkpoints", answer)
+    if file not in checkpoints(file.parent):
+        raise FileNotFoundError(
+            f"Worker 0 resumes from step {answer}, of which {str(output)!r} has no checkpoint on "
+            "this worker; --output must be a folder that all workers share."
+        )
+    return read_checkpoint(model, file)
+
+
+def fit(run: RunContext, train_data: DetectionDataset, verbose: int) -> None:
+    """Trains until the last epoch; exits if the run is stopped, or fails for outside reasons."""
+    model, recipe, state = run.model, run.recipe, run.state
+    skipped = SkipReport()
+    batches = functools.partial(
+        training_batches,
+        train_data,
+        recipe.batch_size,
+        shorter_edges=recipe.shorter_edges,
+        longest_edge=recipe.longest_edge,
+        horizontal_flip=recipe.horizontal_flip,
+        keep_empty_images=recipe.keep_empty_images,
+        seed=recipe.seed,
+        report=skipped,
+    )
+    pictured = [image["id"] for image in run.evaluation.ground_truth["images"][:4]]
+    with StopSignal() as stop, exits_on_failure(run):
+        model.fit(
+            on_replicas(model.distribute_strategy, recipe.batch_size, state.steps, batches),
+            initial_epoch=state.epochs,
+            initial_step=state.steps - state.epochs * run.steps_per_epoch,
+            epochs=recipe.epochs,
+            steps_per_epoch=run.steps_per_epoch,
+            shuffle=False,
+            verbose=verbose,
+            callbacks=run_callbacks(
+                run,
+                batch_at=lambda step: next(iter(batches(start_step=step).take(1))),
+                skipped=skipped,
+                stop=stop,
+                images=run.evaluation.dataset.read_images(pictured) if run.is_writer else {},
+            ),
+        )
+
+
+def on_replicas(
+    strategy: tf.distribute.Strategy,
+    batch_size: int,
+    start_step: int,
+    batches: Callable[..., tf.data.Dataset],
+) -> tf.data.Dataset | tf.distribute.DistributedDataset:
+    """Returns the batches of each replica: its rows of the global ones.
+
+    Args:
+        strategy: the strategy.
+        batch_size: images per step, over all replicas.
+        start_step: step of the first batch.
+        batches: function of `start_step`, `shard` and `num_shards` to a worker's rows of all
+            batches from a step on.
+    """
+    replicas = strategy.num_replicas_in_sync
+    if replicas == 1:
+        return batches(start_step=start_step, shard=0, num_shards=1)
+
+    def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        own = batches(
+            start_step=start_step,
+            shard=context.input_pipeline_id,
+            num_shards=context.num_input_pipelines,
+        )
+        return own.rebatch(batch_size // replicas, drop_remainder=True).prefetch(2)
+
+    return strategy.distribute_datasets_from_function(of_worker)
+
+
+def is_report_missing(run: RunContext) -> bool:
+    """Whether worker 0 finds no report.html; every worker must call it."""
+    missing = run.is_writer and not (run.output / "report.html").exists()
+    return bool(sum_over_workers(run.model.distribute_strategy, np.array([missing], np.int32))[0])
+
+
+def describe(strategy: tf.distribute.Strategy) -> str:
+    """Describes the devices of a strategy."""
+    replicas, workers = strategy.num_replicas_in_sync, num_workers(strategy)
+    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+    if isinstance(strategy, tf.distribute.TPUStrategy):
+        kind = "TPU"
+    return f"{replicas} {kind} replica(s)" + (f" of {workers} workers" if workers > 1 else "")
+
+
+@contextlib.contextmanager
+def exits_on_failure(run: RunContext) -> Iterator[None]:
+    """Exits with what to do about a failure from outside during training."""
+    resume = f"rerun the same command to resume from the last one in {run.output / 'checkpoints'}"
+    strategy = run.model.distribute_strategy
+    try:
+        yield
+    except Interrupted as interrupted:
+        if run.is_writer:
+            print(f"\n{interrupted}", flush=True)
+        sys.exit(128 + interrupted.signal_number)
+    except (FloatingPointError, OSError) as error:
+        sys.exit(f"\nerror: {error}")
+    except tf.errors.OpError as error:
+        message = error.message or str(error)
+        if num_workers(strategy) > 1 and ("ollective" in message or "task" in message):
+            lost = ", ".join(
+                sorted(set(re.findall(r"/job:\w+/(?:replica:\d+/)?task:\d+", message)))
+            )
+            exit_now(
+                f"error: lost a worker ({lost or type(error).__name__}). Checkpoints are kept: on "
+                f"all workers, {resume}."
+            )
+        if isinstance(error, _DATA_ERRORS):
+            sys.exit(
+                f"\nerror: the data can no longer be read: {reason_in(message)}. Restore the data "
+                f"set. Checkpoints are kept: {resume}."
+            )
+        raise
+
+
+_DATA_ERRORS = (
+    tf.errors.NotFoundError,
+    tf.errors.DataLossError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.UnknownError,
+)
+
+
+def reason_in(message: str) -> str:
+    """Returns the reason in an error of TensorFlow, without the location in the graph."""
+    where = ("Graph execution error", "Detected at node", "<stack", "File ", "[[")
+    lines = (line.strip() for line in message.splitlines())
+    reason = next((line for line in lines if line and not line.startswith(where)), message)
+    return reason.rsplit("::", 1)[-1].split(": ", 1)[-1]
+
+
+def exit_now(message: str) -> NoReturn:
+    """Ends the process although threads of TensorFlow may wait for a lost worker."""
+    print(f"\n{message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
