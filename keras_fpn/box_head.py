@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_fpn.normalization import NORMALIZATIONS, normalization_layer
-from keras_fpn.validation import check_choice, check_int
+from keras_fpn.validation import check_choice, check_int, check_non_negative
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
@@ -43,7 +43,7 @@ class BoxHead(keras.layers.Layer):
         self.hidden_layers = check_int("hidden_layers", hidden_layers)
         self.convolutions = check_int("convolutions", convolutions, minimum=0)
         self.normalization = normalization
-        self.norm_epsilon = norm_epsilon
+        self.norm_epsilon = check_non_negative("norm_epsilon", norm_epsilon)
 
     def build(self, input_shape):
         *_, height, width, channels = input_shape

@@ -13,6 +13,7 @@ from keras_fpn.anchors import AnchorGenerator
 from keras_fpn.backbones import BACKBONES, resolve_backbone
 from keras_fpn.box_head import BoxHead
 from keras_fpn.detections import DetectionGenerator
+from keras_fpn.detector import Detector
 from keras_fpn.faster_rcnn import FasterRCNN
 from keras_fpn.losses import RoILoss, RPNLoss
 from keras_fpn.preprocessing import ImageNormalizer
@@ -43,8 +44,9 @@ STAGES = {
     "roi_targets": RoITargets,
     "roi_loss": RoILoss,
 }
+COMMON = ("name", "dtype", "trainable")
 # Arguments of stages that follow from other stages or from the builder's own arguments.
-DERIVED = ("name", "dtype", "trainable", "image_shape", "depth", "groups", "width_per_group")
+DERIVED = (*COMMON, "image_shape", "depth", "groups", "width_per_group")
 DERIVED += ("anchors_per_location", "num_classes")
 
 
@@ -171,7 +173,10 @@ def build_fpn_faster_rcnn(
     if weights is None:
         if num_classes is None:
             num_classes = 80 if class_names is None else len(class_names)
-        return _build(backbone or "resnet50", backbone_weights, num_classes, given, **arguments)
+        derived = {"box_head": {"num_classes": num_classes}}
+        return _build(
+            FasterRCNN, backbone or "resnet50", backbone_weights, given, derived, **arguments
+        )
     if backbone_weights is not None:
         raise ValueError(
             "`weights` include the backbone; received `backbone_weights` as well, "
@@ -198,9 +203,10 @@ def _merge(stages: Mapping, everyday: Mapping) -> dict:
                 f"{type(value).__name__}."
             )
         merged[stage] = dict(value or {})
-        known = inspect.signature(STAGES[stage]).parameters
+        known = {*inspect.signature(STAGES[stage]).parameters, *COMMON}
+        known -= {"kwargs", *DERIVED} - {*COMMON}
         for argument in merged[stage]:
-            if argument not in known and argument != "dtype":
+            if argument not in known:
                 raise ValueError(
                     f"`{stage}` has no argument {argument!r}{did_you_mean(argument, known)}"
                 )
@@ -219,21 +225,32 @@ def _merge(stages: Mapping, everyday: Mapping) -> dict:
 
 
 def _build(
+    model_class: type[Detector],
     backbone: str | keras.Model,
     backbone_weights: str | os.PathLike | None,
-    num_classes: int,
     given: Mapping[str, Any],
-    class_names: Sequence[str] | None,
+    derived: Mapping[str, Mapping],
+    *,
     image_shape: Sequence[int | None] | None,
-    name: str,
-) -> FasterRCNN:
-    """Builds a detector from its stages or their arguments."""
+    **arguments,
+) -> Detector:
+    """Builds a model from its stages or their arguments.
 
-    def stage(name, **arguments):
+    Args:
+        model_class: the class; its `stage_names` say which stages it has.
+        backbone: name or model.
+        backbone_weights: as in the public builders.
+        given: stage name to a stage or its arguments, from `_merge`.
+        derived: stage name to arguments that follow from those of the builder.
+        image_shape: height, width and 3, or None.
+        **arguments: further arguments of the class.
+    """
+
+    def stage(name, **derived):
         value = given[name]
         if isinstance(value, dict):
-            return STAGES[name](**{"name": name, **value, **arguments})
-        for argument, expected in arguments.items():
+            return STAGES[name](**{"name": name, **value, **derived})
+        for argument, expected in derived.items():
             if getattr(value, argument, expected) != expected:
                 raise ValueError(
                     f"`{name}` must have {argument}={expected}; received one of "
@@ -244,30 +261,24 @@ def _build(
     image_shape = (None, None, 3) if image_shape is None else image_shape
     if np.shape(image_shape) != (3,) or image_shape[-1] != 3:
         raise ValueError(f"`image_shape` must be (height, width, 3); received {image_shape!r}.")
-    preprocessing, anchors = stage("preprocessing"), stage("anchors")
     resnet = given["resnet"]
     if backbone_weights is not None:
         # What the papers freeze.
         resnet = {"normalization": "frozen_batch_norm", "frozen_stages": 2, **resnet}
-    padded = preprocessing.compute_output_shape((None, *image_shape), (None, 2))[1:]
-    model = resolve_backbone(backbone, resnet, padded)
+    stages = {name: stage(name) for name in ("preprocessing", "anchors")}
+    padded = stages["preprocessing"].compute_output_shape((None, *image_shape), (None, 2))[1:]
+    stages["backbone"] = resolve_backbone(backbone, resnet, padded)
     if backbone_weights is not None:
-        load_backbone_weights(model, find_classifier(backbone, backbone_weights))
-    return FasterRCNN(
-        preprocessing=preprocessing,
-        backbone=model,
-        anchors=anchors,
-        rpn_head=stage("rpn_head", anchors_per_location=anchors.anchors_per_location),
-        box_head=stage("box_head", num_classes=num_classes),
-        **{
-            name: stage(name)
-            for name in FasterRCNN.stage_names
-            if name not in ("preprocessing", "backbone", "anchors", "rpn_head", "box_head")
-        },
-        image_shape=image_shape,
-        class_names=class_names,
-        name=name,
-    )
+        classifier = find_classifier(backbone, backbone_weights)
+        load_backbone_weights(stages["backbone"], classifier)
+    derived = {
+        "rpn_head": {"anchors_per_location": stages["anchors"].anchors_per_location},
+        **derived,
+    }
+    for name in model_class.stage_names:
+        if name not in stages:
+            stages[name] = stage(name, **derived.get(name, {}))
+    return model_class(**stages, image_shape=image_shape, **arguments)
 
 
 def _build_pretrained(
@@ -303,13 +314,14 @@ def _build_pretrained(
                 f"replace it, received the arguments {value}."
             )
     model = _build(
+        FasterRCNN,
         backbone or trained.backbone or "resnet50",
         None,
-        num_classes,
         stages,
-        class_names or trained_names,
-        trained.image_shape if image_shape is None else image_shape,
-        name,
+        {"box_head": {"num_classes": num_classes}},
+        class_names=class_names or trained_names,
+        image_shape=trained.image_shape if image_shape is None else image_shape,
+        name=name,
     )
     try:
         trained.load(model, keeps_classes)

@@ -136,8 +136,8 @@ class Detector(keras.Model):
             self.trainable = False
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes, without the background."""
+    def num_classes(self) -> int | None:
+        """Number of classes, without the background; None if labels are ignored."""
         raise NotImplementedError
 
     @property

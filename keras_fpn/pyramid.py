@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_fpn.normalization import NORMALIZATIONS, normalization_layer
-from keras_fpn.validation import check_choice, check_int
+from keras_fpn.validation import check_choice, check_int, check_non_negative
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
@@ -44,7 +44,7 @@ class FeaturePyramid(keras.layers.Layer):
             check_choice("normalization", normalization, NORMALIZATIONS)
         self.channels = check_int("channels", channels)
         self.normalization = normalization
-        self.norm_epsilon = norm_epsilon
+        self.norm_epsilon = check_non_negative("norm_epsilon", norm_epsilon)
 
     def build(self, input_shapes):
         self.roi_levels = tuple(f"P{level[1:]}" for level in sorted(input_shapes))

@@ -193,8 +193,7 @@ class ResNet(keras.Model):
             ValueError: if there is no such level.
         """
         check_choice("level", level, self.output)
-        before = f"C{int(level[1:]) - 1}"
-        inputs = self.output[before] if before in self.output else self.input
+        inputs = self.output.get(f"C{int(level[1:]) - 1}", self.input)
         stage = keras.Model(inputs, self.output[level], name=f"{self.name}_{level}")
         stage.input_spec = None  # Its input need not have the size that `image_shape` leads to.
         return stage

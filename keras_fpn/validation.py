@@ -232,7 +232,7 @@ def check_targets(
         targets: `{"boxes": [B, G, 4], "labels": [B, G]}` arrays.
         image_shape: `[B, H, W, 3]` of the images.
         image_sizes: `[B, 2]` array, or None if images fill the batch.
-        num_classes: labels are in 0..num_classes-1, or -1 in padding rows.
+        num_classes: labels are in 0..num_classes-1, or -1 in padding rows; None for any class.
         bounding_box_format: format of the boxes.
         refuse_degenerate: whether a box that is not finite or has no area is an error.
 
@@ -255,10 +255,11 @@ def check_targets(
         )
     if labels.size and not np.all(labels == np.floor(labels)):
         raise ValueError(f"Labels must be integers; received dtype {labels.dtype} with fractions.")
-    wrong = (labels < -1) | (labels >= num_classes)
+    limit = np.inf if num_classes is None else num_classes
+    wrong = (labels < -1) | (labels >= limit)
     if wrong.any():
         raise ValueError(
-            f"Labels must be in 0..{num_classes - 1} for {num_classes} classes, or -1 in padding "
+            f"Labels must be in 0..{limit - 1} for {limit} classes, or -1 in padding "
             f"rows; received {labels[wrong][0]} in image {np.argwhere(wrong)[0][0]}."
         )
     real = labels >= 0

@@ -1,4 +1,7 @@
+"""The builder: defaults of the reference, and where every argument arrives."""
+
 import inspect
+import json
 import math
 
 import keras
@@ -6,228 +9,319 @@ import pytest
 from small_detector import small_detector
 
 import keras_fpn
+from keras_fpn.builder import DERIVED, STAGES
+from keras_fpn.faster_rcnn import FasterRCNN
 
+# torchvision's `fasterrcnn_resnet50_fpn` and the papers; a batch norm that is trained, from random
+# weights.
 DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(keras_fpn.build_fpn_faster_rcnn).parameters.items()
-}
-
-
-def test_the_defaults_are_those_of_the_reference():
-    expected = {
-        "backbone": "resnet50",
-        "backbone_weights": None,
-        "image_shape": (None, None, 3),
-        "bounding_box_format": "xyxy",
+    "preprocessing": {
+        "mean": (123.675, 116.28, 103.53),
+        "std": (58.395, 57.12, 57.375),
+        "size_divisor": 32,
+        "channel_order": "rgb",
+    },
+    "resnet": {
+        "stride_in_1x1": False,
+        "normalization": "batch_norm",
+        "norm_epsilon": 1e-5,
+        "frozen_stages": 0,
+    },
+    "pyramid": {"channels": 256, "normalization": None, "norm_epsilon": 1e-5},
+    "rpn_head": {"channels": None, "hidden_layers": 1},
+    "anchors": {
+        "sizes": ((32,), (64,), (128,), (256,), (512,)),
+        "aspect_ratios": (0.5, 1.0, 2.0),
+        "rounded": True,
+        "strides": None,
+    },
+    "proposals": {
+        "pre_nms": 1000,
+        "post_nms": 1000,
+        "training_pre_nms": 2000,
+        "training_post_nms": 2000,
+        "nms_iou_threshold": 0.7,
+        "delta_weights": (1, 1, 1, 1),
+        "max_log_scale": math.log(1000 / 16),
+        "min_size": 1e-3,
+    },
+    "roi_pooling": {
+        "output_size": 7,
+        "sampling_ratio": 2,
+        "canonical_level": 4,
+        "canonical_size": 224,
+        "aligned": False,
+    },
+    "box_head": {
+        "hidden_dim": 1024,
+        "hidden_layers": 2,
+        "convolutions": 0,
+        "normalization": None,
+        "norm_epsilon": 1e-5,
+    },
+    "detections": {
         "score_threshold": 0.05,
         "nms_iou_threshold": 0.5,
         "max_detections": 100,
-        "anchor_sizes": (32, 64, 128, 256, 512),
-        "anchor_ratios": (0.5, 1.0, 2.0),
-        "pyramid_channels": 256,
-        "rpn_pre_nms": 1000,
-        "rpn_post_nms": 1000,
-        "rpn_training_pre_nms": 2000,
-        "rpn_training_post_nms": 2000,
-        "rpn_nms_iou_threshold": 0.7,
-        "rpn_min_size": 1e-3,
-        "rpn_positive_iou": 0.7,
-        "rpn_negative_iou": 0.3,
-        "rpn_samples": 256,
-        "rpn_positive_fraction": 0.5,
-        "rpn_delta_weights": (1, 1, 1, 1),
-        "roi_output_size": 7,
-        "roi_sampling_ratio": 2,
-        "roi_canonical_level": 4,
-        "roi_canonical_size": 224,
-        "roi_positive_iou": 0.5,
-        "roi_samples": 512,
-        "roi_positive_fraction": 0.25,
-        "roi_delta_weights": (10, 10, 5, 5),
-        "roi_aligned": False,
-        "round_anchors": True,
-        "anchor_strides": None,
-        "rpn_hidden_layers": 1,
-        "pyramid_normalization": None,
-        "head_convolutions": 0,
-        "head_normalization": None,
-        "head_hidden_layers": 2,
-        "head_hidden_dim": 1024,
-        "channel_order": "rgb",
+        "delta_weights": (10, 10, 5, 5),
         "max_log_scale": math.log(1000 / 16),
-        "min_detection_size": 1e-2,
-        "smooth_l1_beta": 1 / 9,
-    }
-    assert {name: DEFAULTS[name] for name in expected} == expected
+        "min_size": 1e-2,
+        "bounding_box_format": "xyxy",
+    },
+    "rpn_targets": {
+        "positive_iou": 0.7,
+        "negative_iou": 0.3,
+        "num_samples": 256,
+        "positive_fraction": 0.5,
+        "seed": None,
+    },
+    "rpn_loss": {"smooth_l1_beta": 1 / 9},
+    "roi_targets": {
+        "positive_iou": 0.5,
+        "num_samples": 512,
+        "positive_fraction": 0.25,
+        "seed": None,
+    },
+    "roi_loss": {"smooth_l1_beta": 1 / 9},
+}
 
-
-# Of each argument a value that is not its default, and where it arrives.
-ARRIVES = {
-    "num_classes": (2, "box_head.num_classes"),
-    "class_names": (("bolt", "nut"), "class_names"),
-    "image_shape": ((64, 96, 3), "image_shape"),
-    "bounding_box_format": ("rel_yxyx", "detections.bounding_box_format"),
-    "score_threshold": (0.11, "detections.score_threshold"),
-    "nms_iou_threshold": (0.12, "detections.nms_iou_threshold"),
-    "max_detections": (13, "detections.max_detections"),
-    "normalization": ("group_norm", "backbone.normalization"),
-    "norm_epsilon": (
-        1e-3,
-        "backbone.norm_epsilon feature_pyramid.norm_epsilon box_head.norm_epsilon",
-    ),
-    "frozen_stages": (3, "backbone.frozen_stages"),
-    "pixel_mean": ((1.0, 2.0, 3.0), "preprocessing.mean"),
-    "pixel_std": ((4.0, 5.0, 6.0), "preprocessing.std"),
-    "size_divisor": (64, "preprocessing.size_divisor"),
-    "channel_order": ("bgr", "preprocessing.channel_order"),
-    "pyramid_channels": (8, "pyramid.channels"),
-    "pyramid_normalization": ("batch_norm", "pyramid.normalization"),
-    "anchor_sizes": (
-        (16, 32, 48, 64, 80),
-        "anchors.sizes",
-        {"P2": 16, "P3": 32, "P4": 48, "P5": 64, "P6": 80},
-    ),
-    "anchor_ratios": ((0.5, 2.0), "anchors.aspect_ratios"),
-    "anchor_strides": (
-        (2, 4, 6, 8, 10),
-        "anchors.strides",
-        {"P2": 2, "P3": 4, "P4": 6, "P5": 8, "P6": 10},
-    ),
-    "round_anchors": (False, "anchors.rounded"),
-    "rpn_hidden_layers": (2, "rpn_head.hidden_layers"),
-    "rpn_pre_nms": (21, "proposal_generator.pre_nms"),
-    "rpn_post_nms": (22, "proposal_generator.post_nms"),
-    "rpn_training_pre_nms": (23, "proposal_generator.training_pre_nms"),
-    "rpn_training_post_nms": (24, "proposal_generator.training_post_nms"),
-    "rpn_nms_iou_threshold": (0.25, "proposal_generator.nms_iou_threshold"),
-    "rpn_min_size": (2.6, "proposal_generator.min_size"),
-    "rpn_delta_weights": (
-        (1.0, 2.0, 3.0, 4.0),
-        "proposal_generator.delta_weights rpn_targets.delta_weights",
-    ),
-    "max_log_scale": (3.0, "proposal_generator.max_log_scale detection_generator.max_log_scale"),
-    "rpn_positive_iou": (0.31, "rpn_targets.positive_iou"),
-    "rpn_negative_iou": (0.22, "rpn_targets.negative_iou"),
-    "rpn_samples": (33, "rpn_targets.num_samples"),
-    "rpn_positive_fraction": (0.34, "rpn_targets.positive_fraction"),
-    "roi_canonical_level": (3, "roi_pooling.canonical_level"),
-    "roi_canonical_size": (100.0, "roi_pooling.canonical_size"),
-    "roi_output_size": (5, "roi_pooling.output_size"),
-    "roi_sampling_ratio": (1, "roi_pooling.sampling_ratio"),
-    "roi_aligned": (True, "roi_pooling.aligned"),
-    "roi_positive_iou": (0.41, "roi_targets.positive_iou"),
-    "roi_samples": (42, "roi_targets.num_samples"),
-    "roi_positive_fraction": (0.43, "roi_targets.positive_fraction"),
-    "roi_delta_weights": (
-        (8.0, 7.0, 6.0, 5.0),
-        "detections.delta_weights roi_targets.delta_weights",
-    ),
-    "head_convolutions": (1, "box_head.convolutions"),
-    "head_normalization": ("sync_batch_norm", "box_head.normalization"),
-    "head_hidden_layers": (3, "box_head.hidden_layers"),
-    "head_hidden_dim": (9, "box_head.hidden_dim"),
-    "min_detection_size": (5.1, "detections.min_size"),
-    "smooth_l1_beta": (0.52, "smooth_l1_beta"),
-    "seed": (53, "rpn_targets.seed"),
-    "name": ("mine", "name"),
+# A value of each argument that is not its default.
+OTHERS = {
+    "preprocessing": {
+        "mean": (1.0, 2.0, 3.0),
+        "std": (4.0, 5.0, 6.0),
+        "size_divisor": 64,
+        "channel_order": "bgr",
+    },
+    "resnet": {
+        "stride_in_1x1": True,
+        "normalization": "group_norm",
+        "norm_epsilon": 1e-3,
+        "frozen_stages": 3,
+    },
+    "pyramid": {"channels": 8, "normalization": "batch_norm", "norm_epsilon": 1e-2},
+    "rpn_head": {"channels": 6, "hidden_layers": 2},
+    "anchors": {
+        "sizes": ((16,), (32,), (48,), (64,), (80,)),
+        "aspect_ratios": (0.5, 2.0),
+        "rounded": False,
+        "strides": (2, 4, 6, 8, 10),
+    },
+    "proposals": {
+        "pre_nms": 21,
+        "post_nms": 22,
+        "training_pre_nms": 23,
+        "training_post_nms": 24,
+        "nms_iou_threshold": 0.25,
+        "delta_weights": (1.0, 2.0, 3.0, 4.0),
+        "max_log_scale": 3.0,
+        "min_size": 2.6,
+    },
+    "roi_pooling": {
+        "output_size": 5,
+        "sampling_ratio": 1,
+        "canonical_level": 3,
+        "canonical_size": 100.0,
+        "aligned": True,
+    },
+    "box_head": {
+        "hidden_dim": 9,
+        "hidden_layers": 3,
+        "convolutions": 1,
+        "normalization": "sync_batch_norm",
+        "norm_epsilon": 1e-1,
+    },
+    "detections": {
+        "score_threshold": 0.11,
+        "nms_iou_threshold": 0.12,
+        "max_detections": 13,
+        "delta_weights": (8.0, 7.0, 6.0, 5.0),
+        "max_log_scale": 2.0,
+        "min_size": 5.1,
+        "bounding_box_format": "rel_yxyx",
+    },
+    "rpn_targets": {
+        "positive_iou": 0.31,
+        "negative_iou": 0.22,
+        "num_samples": 33,
+        "positive_fraction": 0.34,
+        "seed": 53,
+    },
+    "rpn_loss": {"smooth_l1_beta": 0.52},
+    "roi_targets": {
+        "positive_iou": 0.41,
+        "num_samples": 42,
+        "positive_fraction": 0.43,
+        "seed": 54,
+    },
+    "roi_loss": {"smooth_l1_beta": 0.62},
+}
+# What a constructor needs beside its defaults.
+REQUIRED = {
+    "resnet": {"depth": 18},
+    "rpn_head": {"anchors_per_location": 3},
+    "box_head": {"num_classes": 3},
 }
 
 
+def own_arguments(stage):
+    return set(inspect.signature(STAGES[stage]).parameters) - {*DERIVED, "kwargs"}
+
+
+def values(model, stage):
+    layer = model.backbone if stage == "resnet" else getattr(model, stage)
+    return {argument: getattr(layer, argument) for argument in own_arguments(stage)}
+
+
+def test_the_defaults_are_those_of_the_reference():
+    model = keras_fpn.build_fpn_faster_rcnn(backbone="resnet18")
+    assert {stage: values(model, stage) for stage in STAGES} == DEFAULTS
+    assert (model.num_classes, model.class_names) == (80, None)
+    assert model.image_shape == (None, None, 3)
+    parameters = dict(inspect.signature(keras_fpn.build_fpn_faster_rcnn).parameters)
+    assert parameters.pop("name").default == "fpn_faster_rcnn"
+    assert {parameter.default for parameter in parameters.values()} == {None}
+
+
 @pytest.fixture(scope="module")
-def every_number():
-    return small_detector(**{name: value[0] for name, value in ARRIVES.items()})
+def other_numbers():
+    """Built from JSON: lists in place of tuples."""
+    return keras_fpn.build_fpn_faster_rcnn(num_classes=2, **json.loads(json.dumps(OTHERS)))
 
 
-def test_every_argument_is_looked_at():
-    assert set(DEFAULTS) == {
-        *("backbone", "backbone_weights", "weights", "stride_in_1x1"),
-        *ARRIVES,
-    }
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_arguments_of_a_stage_reach_it(other_numbers, stage):
+    assert values(other_numbers, stage) == OTHERS[stage]
+    assert all(OTHERS[stage][argument] != value for argument, value in DEFAULTS[stage].items())
 
 
-@pytest.mark.parametrize("argument", ARRIVES)
-def test_an_argument_arrives_in_its_layers(every_number, argument):
-    value, paths, *wanted = ARRIVES[argument]
-    for path in paths.split():
-        found = every_number
-        for attribute in path.split("."):
-            found = getattr(found, attribute)
-        assert found == (wanted[0] if wanted else value)
-        assert value != DEFAULTS[argument]
+def test_what_follows_from_other_stages(other_numbers):
+    assert other_numbers.backbone.name == "resnet50"
+    assert other_numbers.rpn_head.anchors_per_location == 2
+    assert other_numbers.box_head.num_classes == 2
+    assert other_numbers.backbone.get_layer("stage3_block0_conv1").strides == (2, 2)
 
 
-def test_the_parts_that_follow_from_the_numbers(every_number):
-    assert every_number.rpn_head.anchors_per_location == 2
-    assert every_number.rpn_head.channels == 8
+def test_the_everyday_arguments():
+    model = small_detector(
+        num_classes=2,
+        class_names=["bolt", "nut"],
+        image_shape=[64, 96, 3],
+        bounding_box_format="rel_yxyx",
+        score_threshold=0.11,
+        nms_iou_threshold=0.12,
+        max_detections=13,
+        anchor_sizes=[16, 32, 48, 64, 80],
+        anchor_ratios=[0.5, 2.0],
+        normalization="group_norm",
+        frozen_stages=3,
+        seed=53,
+        name="mine",
+    )
+    assert (model.num_classes, model.class_names) == (2, ("bolt", "nut"))
+    assert (model.image_shape, model.name) == ((64, 96, 3), "mine")
+    detections = model.detections
+    assert (detections.score_threshold, detections.nms_iou_threshold) == (0.11, 0.12)
+    assert (detections.max_detections, detections.bounding_box_format) == (13, "rel_yxyx")
+    assert model.anchors.sizes == ((16,), (32,), (48,), (64,), (80,))
+    assert model.anchors.aspect_ratios == (0.5, 2.0)
+    assert (model.backbone.normalization, model.backbone.frozen_stages) == ("group_norm", 3)
+    assert model.rpn_targets.seed == 53
     # The two samplers do not draw the same numbers.
-    assert every_number.roi_targets.seed != every_number.rpn_targets.seed
-    assert DEFAULTS["seed"] is None
+    assert model.roi_targets.seed not in (53, None)
 
 
-def test_there_are_as_many_classes_as_names_and_80_without_either():
+def test_a_stage_is_used_as_it_is():
+    small = {
+        "anchors": {"sizes": (8, 16, 32, 64, 128)},
+        "pyramid": {"channels": 8},
+        "box_head": {"num_classes": 7, "hidden_dim": 8},
+    }
+    stages = {
+        stage: layer(**REQUIRED.get(stage, {}) | small.get(stage, {}))
+        for stage, layer in STAGES.items()
+        if stage != "resnet"
+    }
+    model = keras_fpn.build_fpn_faster_rcnn(backbone="resnet18", **stages)
+    assert isinstance(model, FasterRCNN)
+    for stage, layer in stages.items():
+        assert getattr(model, stage) is layer
+    # Without `num_classes`, the number of classes is that of the given head.
+    assert model.num_classes == 7
+
+
+def test_there_are_as_many_classes_as_names():
     assert small_detector(num_classes=None, class_names=["a", "b"]).num_classes == 2
-    assert small_detector(num_classes=None).num_classes == 80
 
 
-def test_the_stride_of_a_bottleneck():
-    model = small_detector(backbone="resnet50", stride_in_1x1=True)
-    assert model.backbone.stride_in_1x1
-    assert model.backbone.get_layer("stage3_block0_conv1").strides == (2, 2)
+# Of the arguments that -1 is not a wrong value of, a wrong one.
+WRONG = {
+    "mean": (1.0, 2.0),
+    "std": (1.0, 0.0, 1.0),
+    "sizes": (32, 0),
+    "aspect_ratios": (0.0,),
+    "strides": (4,),
+    "delta_weights": (1.0, 1.0, 0.0, 1.0),
+}
+SWITCHES = {"rounded", "aligned", "stride_in_1x1"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "argument"),
+    [
+        (stage, argument)
+        for stage in STAGES
+        for argument in sorted(own_arguments(stage) | REQUIRED.get(stage, {}).keys())
+        if argument not in SWITCHES | {"seed"}
+    ],
+)
+def test_every_argument_of_a_stage_is_checked(stage, argument):
+    value = WRONG.get(argument, -1)
+    with pytest.raises(ValueError, match=rf"`{argument}`.* must .*received"):
+        STAGES[stage](**REQUIRED.get(stage, {}) | {argument: value})
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bounding_box_format": "coco"}, "`bounding_box_format` must be one of .*'coco'"),
-        ({"num_classes": 0}, "`num_classes` is a whole number of at least 1; received 0"),
-        ({"num_classes": True}, "`num_classes` is a whole number of at least 1; received True"),
-        ({"num_classes": 2.0}, "`num_classes` is a whole number of at least 1; received 2.0"),
-        *(
-            ({name: -1}, f"`{name}` is a whole number of at least 1; received -1")
-            for name in (
-                "max_detections",
-                "pyramid_channels",
-                "rpn_pre_nms",
-                "rpn_post_nms",
-                "rpn_training_pre_nms",
-                "rpn_training_post_nms",
-                "rpn_samples",
-                "roi_samples",
-                "roi_output_size",
-                "roi_sampling_ratio",
-                "rpn_hidden_layers",
-                "head_convolutions",
-                "head_hidden_layers",
-                "head_hidden_dim",
-                "size_divisor",
-            )
+        ({"bounding_box_format": "coco"}, "`bounding_box_format` .*received 'coco'"),
+        ({"num_classes": 0}, "`num_classes` .*received 0"),
+        ({"num_classes": True}, "`num_classes` .*received True"),
+        ({"score_threshold": math.nan}, "`score_threshold` .*received nan"),
+        ({"image_shape": (64, 64)}, r"`image_shape` .*received \(64, 64\)"),
+        ({"image_shape": (64, 64, 1)}, r"`image_shape` .*received \(64, 64, 1\)"),
+        ({"anchor_sizes": (32, 64)}, r"`sizes` .*received .*\(32,\), \(64,\).* P2, P3, P4, P5, P6"),
+        ({"class_names": "face"}, "`class_names` .*received 'face'"),
+        ({"class_names": ["a"], "num_classes": 2}, "`class_names` .* 2 classes; received 1"),
+        ({"backbone": "resnet51"}, "`backbone` .*received 'resnet51'; did you mean 'resnet50'"),
+        ({"resnet": {"stride_in_1x1": True}}, "stride_in_1x1=True .* depth 18"),
+        # Misspelled, or not the caller's to say.
+        ({"proposals": {"post_mns": 3}}, "`proposals` .*'post_mns'; did you mean 'post_nms'"),
+        ({"resnet": {"normalisation": None}}, "`resnet` .*; did you mean 'normalization'"),
+        ({"box_head": {"num_classes": 3}}, "`box_head` .*'num_classes'"),
+        ({"resnet": {"depth": 50}}, "`resnet` .*'depth'"),
+        ({"proposals": {"kwargs": 3}}, "`proposals` .*'kwargs'"),
+        # Given twice, or at odds.
+        (
+            {"score_threshold": 0.1, "detections": {"score_threshold": 0.1}},
+            r"`score_threshold` .*`detections` .*twice; received 0\.1",
         ),
-        *(
-            ({name: 1.5}, f"`{name}` is within 0..1; received 1.5")
-            for name in (
-                "score_threshold",
-                "nms_iou_threshold",
-                "rpn_nms_iou_threshold",
-                "rpn_positive_iou",
-                "rpn_negative_iou",
-                "rpn_positive_fraction",
-                "roi_positive_iou",
-                "roi_positive_fraction",
-            )
+        (
+            {"anchor_ratios": (1.0,), "anchors": keras_fpn.AnchorGenerator()},
+            r"`aspect_ratios` .*`anchors` .*twice; received \(1\.0,\)",
         ),
-        ({"score_threshold": math.nan}, "`score_threshold` is within 0..1; received nan"),
-        ({"image_shape": (64, 64)}, r"\(height, width, 3\), .*; received \(64, 64\)"),
-        ({"image_shape": (64, 64, 1)}, r"received \(64, 64, 1\)"),
-        ({"anchor_sizes": (32, 64)}, r"one size for each of P2, P3, P4, P5, P6; .* \(32, 64\)"),
-        ({"anchor_strides": (4, 8)}, r"one stride for each of P2, P3, P4, P5, P6; .* \(4, 8\)"),
-        ({"class_names": "face"}, "a sequence of the names of the classes; received 'face'"),
-        ({"class_names": ["a"], "num_classes": 2}, r"each of the 2 classes; received 1 names"),
-        ({"channel_order": "gbr"}, "`channel_order` is 'rgb' or 'bgr'; received 'gbr'"),
-        ({"head_normalization": "layer_norm"}, "must be one of .* not 'layer_norm'"),
-        ({"backbone": "resnet51"}, "no backbone 'resnet51': give 'resnet50' or 'resnet"),
-        ({"normalization": "batchnorm"}, "not 'batchnorm'; did you mean 'batch_norm'"),
-        ({"frozen_stages": 6}, "from 0 .* to 5 .*, not 6"),
-        ({"stride_in_1x1": True}, "needs the bottleneck blocks of depth 50, 101 or 152"),
+        (
+            {"frozen_stages": 0, "resnet": {"frozen_stages": 2}},
+            "`frozen_stages` .*`resnet` .*twice; received 0",
+        ),
+        (
+            {"num_classes": 2, "box_head": keras_fpn.BoxHead(3)},
+            "`box_head` .*num_classes=2; received .*3",
+        ),
+        (
+            {"anchor_ratios": (1.0,), "rpn_head": keras_fpn.RPNHead(3)},
+            "`rpn_head` .*anchors_per_location=1; received .*3",
+        ),
     ],
 )
 def test_what_is_refused(arguments, message):
@@ -235,6 +329,14 @@ def test_what_is_refused(arguments, message):
         keras_fpn.build_fpn_faster_rcnn(**({"backbone": "resnet18"} | arguments))
 
 
-def test_a_backbone_that_is_no_model_is_refused():
-    with pytest.raises(TypeError, match=r"a name such as 'resnet50' or a keras.Model"):
-        keras_fpn.build_fpn_faster_rcnn(backbone=keras.layers.Dense(3))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone": keras.layers.Dense(3)}, r"`backbone` .*'resnet50' .*received .*Dense"),
+        ({"proposals": 300}, "`proposals` .*ProposalGenerator .*received int"),
+        ({"resnet": keras.layers.ReLU()}, "`resnet` .*received ReLU"),
+    ],
+)
+def test_what_is_neither_a_stage_nor_its_arguments(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        keras_fpn.build_fpn_faster_rcnn(**arguments)

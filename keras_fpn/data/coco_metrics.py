@@ -5,20 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+# fmt: off
 COCO_METRICS = (
-    "AP",
-    "AP50",
-    "AP75",
-    "APs",
-    "APm",
-    "APl",
-    "AR1",
-    "AR10",
-    "AR100",
-    "ARs",
-    "ARm",
-    "ARl",
+    "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"
 )
+# fmt: on
 
 
 def coco_results(

@@ -42,8 +42,8 @@ def read_image_size(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         `size`: int32 `[2]`, height and width in pixels, `[0, 0]` if the file is rejected.
         `problem`: string scalar, the reason for rejecting the file, empty if it is accepted.
     """
-    # JPEGs are handled separately: most files are JPEGs and need none of the many small ops for the
-    # other formats, for which libjpeg would print a warning.
+    # JPEGs are handled separately: most files are JPEGs and need none of the many small ops for
+    # other formats, and libjpeg prints a warning for any file that is not a JPEG.
     size, problem = tf.cond(
         tf.equal(tf.strings.substr(image_bytes, 0, 3), b"\xff\xd8\xff"),
         lambda: _check_size(_jpeg_size(image_bytes), tf.constant("")),

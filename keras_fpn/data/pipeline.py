@@ -204,7 +204,7 @@ def evaluation_batches(
         dataset: the split to evaluate on.
         batch_size: images per batch of this worker.
         shorter_edge: target length of an image's shorter edge in pixels.
-        longest_edge: see `training_batches`, as for the other arguments.
+        longest_edge: see `training_batches`, also for the remaining arguments.
 
     Returns:
         A data set of pairs `(inputs, targets)` as from `training_batches`, except that the images
@@ -547,6 +547,6 @@ def _map_groups(groups: tf.data.Dataset, function: Callable, rows: int) -> tf.da
 def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
     options = tf.data.Options()
     options.deterministic = True
-    # Workers shard by the argument `shard`.
+    # Workers are sharded by the argument `shard`.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return dataset.with_options(options).prefetch(2)

@@ -1,4 +1,4 @@
-"""Pictures of what was found beside what is there."""
+"""Pictures of detections beside ground truth."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,15 +19,15 @@ def detections_beside_truth(
     category_ids: Sequence[int],
     score_threshold: float = 0.5,
 ) -> Image.Image:
-    """An image with its detections on the left and its ground truth on the right.
+    """Draws an image with its detections on the left and its ground truth on the right.
 
     Args:
         image: `[H, W, 3]` RGB pixels in 0..255.
-        found: detections of this image in COCO's results format.
-        truth: annotations of this image in COCO's format; crowds are named as such.
-        class_names: the name of each category.
-        category_ids: the id of each category.
-        score_threshold: detections are drawn from this score on.
+        found: detections of this image, in COCO's results format.
+        truth: annotations of this image, in COCO's format; crowds are marked as such.
+        class_names: class name of each label.
+        category_ids: COCO category id of each label.
+        score_threshold: detections with a score below this are not drawn.
     """
     label_of = {category_id: label for label, category_id in enumerate(category_ids)}
     names = [*class_names, *(f"{name} (crowd)" for name in class_names)]

@@ -1,4 +1,4 @@
-"""The page at the end of a run: curves, COCO's numbers, the best and the worst images."""
+"""The report of a run: curves, COCO's metrics, the best and the worst images."""
 
 import base64
 import html
@@ -11,12 +11,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from keras_fpn.data.coco_metrics import COCO_METRICS, CocoEvaluation
-from keras_fpn.faster_rcnn import LOSS_NAMES
 from keras_fpn.runs.pictures import detections_beside_truth
 from keras_fpn.runs.run_state import write_text
 
-_SCORE = 0.5  # Detections of this score and more count in an image's own score.
-_IMAGES = 4  # How many of the best, and of the worst.
+_SCORE = 0.5  # Detections with a score of at least this count in the F1 score of an image.
+_IMAGES = 4  # Number of best images, and of worst ones.
 
 
 def write_report(
@@ -31,23 +30,24 @@ def write_report(
     results: Sequence[dict],
     read_images: Callable[[list[int]], dict[int, np.ndarray]],
 ) -> Path:
-    """Writes `report.html`, which holds its pictures in itself.
+    """Writes `report.html`, with its pictures embedded.
 
     Args:
-        folder: the run's.
-        title: heading of the page.
-        configuration: the run's, with `"recipe"`, `"class_names"` and `"category_ids"`.
-        steps: what was measured at some of the steps, each with `"step"`.
+        folder: folder of the run.
+        title: title of the page.
+        configuration: configuration of the run.
+        steps: values of some of the steps, each with `"step"`.
         history: losses and `"val_..."` metrics of each epoch, each with `"epoch"`.
-        evaluation: of the last epoch.
-        ground_truth: in COCO's format.
-        results: the detections of that evaluation, in COCO's results format.
-        read_images: RGB pixels of images by their ids, as far as they can be read.
+        evaluation: metrics after the last epoch.
+        ground_truth: ground truth in COCO's format.
+        results: detections of that evaluation, in COCO's results format.
+        read_images: image ids to RGB pixels, by image id; unreadable images are omitted.
 
     Returns:
-        The file.
+        The path of the file.
     """
-    recipe = configuration["recipe"]
+    recipe = {**configuration["recipe"]}
+    recipe |= {f"model.{name}": value for name, value in recipe.pop("model", {}).items()}
     sections = [
         _section("Losses", _figure(lambda axes: _draw_losses(axes, steps)) if steps else ""),
         _section("COCO metrics", _metrics_table(evaluation.metrics) + _epochs_figure(history)),
@@ -70,11 +70,11 @@ def write_report(
 
 
 def image_scores(ground_truth: dict, results: Sequence[dict]) -> dict[int, float]:
-    """How well each image was solved: F1 of the detections of score 0.5 and more.
+    """Returns the F1 score of each image, of its detections with a score of at least 0.5.
 
-    A detection is right where it overlaps an object of its class by an IoU of 0.5 or more that no
-    surer detection has taken. Crowds count on neither side: a detection that is inside one by half
-    is left out. Images without objects and detections are left out too.
+    A detection is correct if its IoU with an object of its class is at least 0.5 and no detection
+    of a higher score has matched that object. Crowds do not count: a detection that lies in one by
+    half is ignored. Images without objects and detections have no score.
     """
     truth, crowds, found = defaultdict(list), defaultdict(list), defaultdict(list)
     for annotation in ground_truth["annotations"]:
@@ -100,7 +100,7 @@ def image_scores(ground_truth: dict, results: Sequence[dict]) -> dict[int, float
 
 
 def _iou(a: dict, b: dict, of_first: bool = False) -> float:
-    """Overlap of two boxes in COCO's format, 0 where the classes differ."""
+    """Returns the IoU of two boxes in COCO's format, 0 if their classes differ."""
     if a["category_id"] != b["category_id"]:
         return 0.0
     (ax, ay, aw, ah), (bx, by, bw, bh) = a["bbox"], b["bbox"]
@@ -120,7 +120,7 @@ def _image_sections(configuration, ground_truth, results, read_images) -> list[s
     sections = []
     for heading, ids in (("Best images", best), ("Worst images", worst)):
         parts = [
-            f"<p>Detections (score {_SCORE} and more) on the left, ground truth on the right. "
+            f"<p>Detections (score &ge; {_SCORE}) on the left, ground truth on the right. "
             "Ranked by F1 at IoU 0.5.</p>"
         ]
         for image_id in ids:
@@ -137,13 +137,13 @@ def _image_sections(configuration, ground_truth, results, read_images) -> list[s
                 picture.save(stream, "JPEG", quality=90)
                 parts.append(_image("jpeg", stream.getvalue(), caption))
             else:
-                parts.append(f"<p>{caption}: the image cannot be read any more.</p>")
+                parts.append(f"<p>{caption}: the image can no longer be read.</p>")
         sections.append(_section(heading, "\n".join(parts) if ids else ""))
     return sections
 
 
 def _draw_losses(axes, steps) -> None:
-    for name in ("loss", *LOSS_NAMES):
+    for name in (name for name in steps[0] if name.endswith("loss")):
         points = [(row["step"], row[name]) for row in steps if name in row]
         axes.plot(*zip(*points, strict=True), label=name, linewidth=2 if name == "loss" else 1)
     axes.set_xlabel("step")
@@ -154,13 +154,13 @@ def _draw_losses(axes, steps) -> None:
         rate = axes.twinx()
         rate.plot(*zip(*points, strict=True), color="0.6", linestyle=":", label="learning rate")
         rate.set_ylabel("learning rate (dotted)")
-    # Above the axes: a legend inside lies on the curves.
+    # Above the axes, where it does not cover the curves.
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(axes.lines), frameon=False)
 
 
 def _epochs_figure(history) -> str:
     rows = [row for row in history if row.get("val_AP", -1) >= 0]
-    if len(rows) < 2:  # One point says no more than the table.
+    if len(rows) < 2:  # A single point is in the table.
         return ""
 
     def draw(axes):
@@ -178,7 +178,7 @@ def _epochs_figure(history) -> str:
 
 
 def _precision_figure(precision: np.ndarray) -> str:
-    """Curves of the mean over the classes that have objects."""
+    """Draws the mean curves over the classes that have objects."""
     precision = precision[:, :, (precision > -1).any(axis=(0, 1))]
     if not precision.size:
         return ""
@@ -245,7 +245,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _section(heading: str, content: str) -> str:
-    return f"<h2>{heading}</h2>\n{content or '<p>There is nothing to show.</p>'}"
+    return f"<h2>{heading}</h2>\n{content or '<p>No data.</p>'}"
 
 
 _PAGE = """<!DOCTYPE html>

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the run is to save itself and end."""
+"""SIGTERM and Ctrl-C: the run saves a checkpoint and ends."""
 
 import os
 import signal
@@ -9,24 +9,24 @@ GRACE_SECONDS = 25
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and its checkpoint is written."""
+    """The run was stopped by a signal, and its checkpoint is written."""
 
     def __init__(self, signal_number: int, steps: int):
         self.signal_number = signal_number
         super().__init__(
-            f"Stopped by {signal.Signals(signal_number).name} after {steps} steps, all saved; the "
-            "same command goes on from there."
+            f"Stopped by {signal.Signals(signal_number).name} after {steps} steps, all saved; rerun "
+            "the same command to resume."
         )
 
 
 class StopSignal:
-    """Remembers, within its `with`, that SIGTERM or SIGINT came; a second SIGINT ends at once.
+    """Context manager that records SIGTERM and SIGINT; a second SIGINT ends at once.
 
-    A step, or an evaluation, that takes longer than the `GRACE_SECONDS` is not waited for: the
-    program then ends with the checkpoint that it has, which is whole.
+    If a step or an evaluation takes longer than `GRACE_SECONDS`, the program ends without waiting
+    for it; the last checkpoint is complete.
 
     Attributes:
-        received: the signal's number, 0 before it comes.
+        received: number of the signal, 0 before it is received.
     """
 
     def __init__(self):
@@ -34,7 +34,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         # Python calls a handler between two of its own instructions, not inside a long operation
-        # of TensorFlow; the byte that it sends here arrives at once.
+        # of TensorFlow; the byte of the wakeup file descriptor arrives at once.
         self._ended = threading.Event()
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -73,7 +73,7 @@ class StopSignal:
     def _give_up(self, number: int) -> None:
         print(
             f"\nStopped by {signal.Signals(number).name}: the step did not end in "
-            f"{GRACE_SECONDS} s; the same command goes on from the last checkpoint.",
+            f"{GRACE_SECONDS} s; rerun the same command to resume from the last checkpoint.",
             flush=True,
         )
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""On what a run computes: `--strategy`, and what its workers say to each other."""
+"""Distribution: `--strategy`, and collectives of arrays between workers."""
 
 import functools
 import json
@@ -8,21 +8,21 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-STRATEGIES = ("auto", "single", "mirrored", "multi_worker", "tpu")
+from keras_fpn.runs.command import StrategyName
 
 
-def choose_strategy(name: str) -> tf.distribute.Strategy:
-    """The strategy of a name in `STRATEGIES`. Call it before TensorFlow has done anything else.
+def choose_strategy(name: StrategyName) -> tf.distribute.Strategy:
+    """Creates a strategy. Call it before anything else of TensorFlow.
 
     Args:
-        name: "auto" is several workers where TF_CONFIG or Slurm name several, otherwise all GPUs,
-            otherwise the one device there is; "single" is one device; "mirrored" all GPUs of this
-            machine, or all logical CPU devices where there is no GPU; "multi_worker" all GPUs of
-            all workers in TF_CONFIG or in the Slurm job; "tpu" the TPU that TPU_NAME names, or the
-            local one.
+        name: "auto" is "multi_worker" if TF_CONFIG or Slurm name several workers, else "mirrored"
+            if there are several GPUs, else "single"; "single" is one device; "mirrored" all GPUs of
+            this machine, or all logical CPU devices without a GPU; "multi_worker" all GPUs of all
+            workers in TF_CONFIG or in the Slurm job; "tpu" the TPU named by TPU_NAME, or the local
+            one.
 
     Raises:
-        ValueError: where the environment does not say what the strategy needs.
+        ValueError: if the environment lacks what the strategy needs.
     """
     workers = _workers_of_environment()
     if name == "auto":
@@ -30,7 +30,7 @@ def choose_strategy(name: str) -> tf.distribute.Strategy:
     if name == "multi_worker":
         if workers == 0:
             raise ValueError(
-                "--strategy multi_worker needs the addresses of all workers: set TF_CONFIG on each "
+                "--strategy multi_worker needs the addresses of all workers; set TF_CONFIG on each "
                 "of them, or start them with Slurm's srun (docs/scaling.md)."
             )
         if "TF_CONFIG" in os.environ:
@@ -57,7 +57,7 @@ def _number_of_gpus() -> int:
 
 
 def _workers_of_environment() -> int:
-    """How many workers TF_CONFIG or Slurm name; 0 where neither says anything."""
+    """Returns the number of workers that TF_CONFIG or Slurm name; 0 if neither does."""
     if "TF_CONFIG" in os.environ:
         try:
             config = json.loads(os.environ["TF_CONFIG"])
@@ -65,13 +65,13 @@ def _workers_of_environment() -> int:
             workers = [*cluster.get("chief", []), *cluster.get("worker", [])]
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"TF_CONFIG is JSON with 'cluster' and 'task'; received "
+                f"TF_CONFIG must be JSON with 'cluster' and 'task'; received "
                 f"{os.environ['TF_CONFIG']!r} ({error})."
             ) from error
         if task.get("type", "worker") not in ("chief", "worker"):
             raise ValueError(
-                "TF_CONFIG names tasks of type 'chief' and 'worker', which train and evaluate; "
-                f"received {task['type']!r}."
+                "The task type in TF_CONFIG must be 'chief' or 'worker'; received "
+                f"{task['type']!r}."
             )
         return len(workers)
     if "SLURM_STEP_NUM_TASKS" in os.environ:
@@ -80,12 +80,12 @@ def _workers_of_environment() -> int:
 
 
 def num_workers(strategy: tf.distribute.Strategy) -> int:
-    """How many processes the strategy runs in."""
+    """Returns the number of processes of a strategy."""
     return len(_workers(strategy)) or 1
 
 
 def worker_index(strategy: tf.distribute.Strategy) -> int:
-    """Which of them this is; worker 0 is the one that writes."""
+    """Returns the index of this process; worker 0 writes the files."""
     workers = _workers(strategy)
     if not workers:
         return 0
@@ -101,19 +101,19 @@ def _workers(strategy: tf.distribute.Strategy) -> list[tuple[str, int]]:
 
 
 def replicas_of_worker(strategy: tf.distribute.Strategy) -> int:
-    """How many replicas this process has."""
+    """Returns the number of replicas of this process."""
     return strategy.num_replicas_in_sync // num_workers(strategy)
 
 
 def gather_from_workers(strategy: tf.distribute.Strategy, array: np.ndarray) -> np.ndarray:
-    """The arrays of all workers, one after the other along the first axis, on each of them.
+    """Concatenates the arrays of all workers along the first axis, on each of them.
 
-    Every worker calls it, with an array of any length, alike in dtype and further axes.
+    Every worker must call it, with arrays of the same dtype and further axes.
     """
     if num_workers(strategy) == 1:
         return array
-    # A sum of arrays that are zero but for a worker's own rows; `Strategy.gather` would trace a
-    # function at each call. The row more is for empty arrays, on which TensorFlow 2.21 crashes.
+    # A sum of arrays with zeros in the others' rows; `Strategy.gather` traces a function per call.
+    # The additional row is for empty arrays, on which TensorFlow 2.21 crashes.
     index = worker_index(strategy)
     lengths = np.zeros(num_workers(strategy), np.int64)
     lengths[index] = len(array)
@@ -125,7 +125,7 @@ def gather_from_workers(strategy: tf.distribute.Strategy, array: np.ndarray) -> 
 
 
 def sum_over_workers(strategy: tf.distribute.Strategy, array: np.ndarray) -> np.ndarray:
-    """The sum of the workers' arrays, alike in shape and not empty, on each of them."""
+    """Sums the workers' arrays, of the same shape and not empty, on each of them."""
     if num_workers(strategy) == 1:
         return array
     replicas = replicas_of_worker(strategy)
@@ -144,7 +144,7 @@ def _summing_function(strategy: tf.distribute.Strategy) -> Callable:
     def add(values):
         def on_replica(value):
             context = tf.distribute.get_replica_context()
-            # The identity lies on the replica's device, which an argument does not.
+            # An argument need not be on the replica's device; its identity is.
             return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(value))
 
         return strategy.experimental_local_results(strategy.run(on_replica, args=(values,)))[0]
