@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--dataset", default="coco/2017", help="as train.py takes it")
     parser.add_argument("--data-dir")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--recipe", choices=RECIPES, default="demo", help="of training/recipes.py")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default="demo", help="see keras_fpn/runs/recipes.py"
+    )
     parser.add_argument("--shorter-edge", type=int, help="(default: the recipe's)")
     parser.add_argument("--longest-edge", type=int, help="(default: the recipe's)")
     parser.add_argument("--batch-size", type=int, help="(default: the recipe's, or 2)")
@@ -66,12 +68,11 @@ def main() -> None:
 
 
 def with_options(recipe: Recipe, options: argparse.Namespace) -> Recipe:
-    """The recipe with the command line's numbers, and from random weights, which nobody fetches."""
+    """Returns the recipe with the command line's values and random weights, without downloads."""
     edge = options.shorter_edge
     return dataclasses.replace(
         recipe,
-        weights=None,
-        backbone_weights=None,
+        model={k: v for k, v in recipe.model.items() if k not in ("weights", "backbone_weights")},
         shorter_edges=(edge,) if edge else recipe.shorter_edges,
         longest_edge=options.longest_edge or recipe.longest_edge,
         batch_size=options.batch_size or recipe.batch_size or 2,
@@ -179,7 +180,7 @@ FILES = {}  # The file of each image id, read once.
 
 def training_step(data: DetectionDataset, recipe: Recipe, batch: tuple) -> Callable[[], float]:
     """A function that takes one training step and returns its images a second."""
-    from keras_fpn.runs.train import build_model, build_optimizer
+    from keras_fpn.runs.training import build_model, build_optimizer
 
     model = build_model(recipe, data.class_names)
     model.compile(build_optimizer(recipe, steps_per_epoch(data, recipe.batch_size)))

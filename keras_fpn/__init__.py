@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from keras_fpn.anchors import AnchorGenerator
     from keras_fpn.box_head import BoxHead
-    from keras_fpn.boxes import clip_boxes, convert_boxes, decode_deltas, encode_deltas, pairwise_iou
+    from keras_fpn.boxes import (
+        clip_boxes,
+        convert_boxes,
+        decode_deltas,
+        encode_deltas,
+        pairwise_iou,
+    )
     from keras_fpn.builder import build_fpn_faster_rcnn
     from keras_fpn.data.drawing import draw_detections
     from keras_fpn.detections import DetectionGenerator
@@ -67,7 +73,7 @@ _MODULES = {
     "non_max_suppression": "nms",
     "pairwise_iou": "boxes",
 }
-__all__ = sorted(_MODULES)  # noqa: PLE0605 - the names of the imports above
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,40 +1,41 @@
-"""RoIAlign with as many points a bin as a region has pixels: Detectron2's `sampling_ratio=0`."""
+"""RoIAlign with an adaptive number of sampling points per bin: Detectron2's `sampling_ratio=0`."""
 
 from keras import ops
 
-# The window of a region on its level is cut into tiles of this many pixels each way, and so many
-# tiles are pooled at a time: that bounds the memory, whatever the shapes of the regions.
+from keras_fpn.typing import Tensor
+
+# The window of a region on its level is cut into square tiles of this side in pixels, and a fixed
+# number of tiles is pooled at a time, which bounds the memory for regions of any shape.
 TILE = 12
 TILES_AT_A_TIME = 256
 
 
-def pool_adaptively(table, first_pixel, map_size, start, size, output_size: int):
-    """Pools regions with `ceil(side / output_size)` points a bin along each axis.
+def pool_adaptively(table, first_pixel, map_size, start, size, output_size: int) -> Tensor:
+    """Pools regions with `ceil(side / output_size)` sampling points per bin along each axis.
 
-    The points of a bin are equally spaced and at most a pixel apart, each interpolated bilinearly.
-    So a region is made of a window without gaps, and as interpolation and mean are separable,
-    `pooled = Wy @ window @ Wx^T`: the weights are the mean shares that a row or column of pixels
-    has in the points of a bin. Points over a pixel outside the map count as 0, others outside as
-    the edge; a region with a side of 0 or less has no points and gives 0.
+    The points of a bin are equally spaced, at most a pixel apart, and interpolated bilinearly. A
+    region therefore covers a window without gaps, and since interpolation and mean are separable,
+    `pooled = Wy @ window @ Wx^T`, where the weights are the mean interpolation weights of a row or
+    column of pixels over the points of a bin. Points more than a pixel outside the map count as 0,
+    others outside as the edge; a region with a side of 0 or less has no points, and pools to 0.
 
     Args:
-        table: `[B, N, C]` the pixels of all maps of an image, each map row by row.
-        first_pixel: `[B, R]` int32, where in `table` the map of a region begins.
-        map_size: `[B, R, 2]` int32 height and width of that map.
-        start: `[B, R, 2]` float32 y and x of the regions' first edges in pixels of their map, the
-            centre of whose first pixel is 0.
-        size: `[B, R, 2]` float32 height and width of the regions, in the same pixels.
-        output_size: bins on a side.
+        table: `[B, N, C]`, the pixels of all maps of an image, each map row by row.
+        first_pixel: `[B, R]` int32, row of `table` at which the map of a region begins.
+        map_size: `[B, R, 2]` int32, height and width of that map.
+        start: `[B, R, 2]` float32, y and x of the regions' first edges in pixels of their map; 0 is
+            the center of the first pixel.
+        size: `[B, R, 2]` float32, height and width of the regions, in the same pixels.
+        output_size: bins along each side.
 
     Returns:
-        `[B, R, output_size, output_size, C]` in the dtype of `table`. Gradients reach `table`
-        alone.
+        `[B, R, output_size, output_size, C]` in the dtype of `table`. The gradient is with respect
+        to `table` only.
     """
     regions, channels = start.shape[1], table.shape[-1]
     at_a_time = min(regions, TILES_AT_A_TIME)
 
-    # The number of tiles depends on the regions, and a loop of unknown length has no gradient of
-    # its own.
+    # The number of tiles depends on the regions, and a loop of unknown length has no gradient.
     @ops.custom_gradient
     def pool(table):
         def pool_image(inputs):
@@ -50,7 +51,7 @@ def pool_adaptively(table, first_pixel, map_size, start, size, output_size: int)
                 )
 
             pooled = ops.zeros((regions, output_size * output_size * channels), "float32")
-            return _over_tiles(add, pooled, *geometry, output_size, at_a_time, table.dtype)
+            return _over_tiles(add, pooled, geometry, output_size, at_a_time, table.dtype)
 
         def gradient(*args, upstream=None):
             if upstream is None:
@@ -71,7 +72,7 @@ def pool_adaptively(table, first_pixel, map_size, start, size, output_size: int)
                     return ops.scatter_update(gradient, index, x, reduction="add")
 
                 zeros = ops.zeros((pixels, channels), "float32")
-                return _over_tiles(add, zeros, *geometry, output_size, at_a_time, upstream.dtype)
+                return _over_tiles(add, zeros, geometry, output_size, at_a_time, upstream.dtype)
 
             inputs = (ops.cast(upstream, table.dtype), first_pixel, map_size, start, size)
             return ops.cast(ops.map(gradient_of_image, inputs), table.dtype)
@@ -82,13 +83,14 @@ def pool_adaptively(table, first_pixel, map_size, start, size, output_size: int)
     return ops.reshape(pool(table), (-1, regions, output_size, output_size, channels))
 
 
-def _over_tiles(add, total, first_pixel, map_size, start, size, output_size, at_a_time, dtype):
-    """`total = add(total, ...)` for all tiles of an image's regions, `K = at_a_time` at a time.
+def _over_tiles(add, total, geometry, output_size, at_a_time, dtype):
+    """Accumulates `total = add(total, ...)` over all tiles of an image, `K = at_a_time` at a time.
 
-    `add` is given the `[K]` regions, the `[K, TILE, TILE]` pixels of each tile in the table, and
-    `[K, output_size, TILE]` weights in `dtype`, of rows and of columns.
+    `add` receives the regions, `[K]`, the indices of each tile's pixels into the table, `[K, TILE,
+    TILE]`, and the weights of rows and of columns, both `[K, output_size, TILE]` in `dtype`.
     """
-    # The quotient's own ceiling would be one too many where it is rounded up past a whole number.
+    first_pixel, map_size, start, size = geometry
+    # `ceil(size / output_size)` is one too many if the quotient is rounded up past an integer.
     points = ops.round(size / output_size)
     points = points + ops.cast(size > points * output_size, "float32")
     has_points = ops.all(points > 0, axis=-1, keepdims=True)
@@ -109,7 +111,7 @@ def _over_tiles(add, total, first_pixel, map_size, start, size, output_size, at_
     def step(number, total):
         tile = number + ops.arange(at_a_time, dtype="int32")
         region = ops.cast(ops.searchsorted(ends, tile, side="right"), "int32")
-        # Beyond the last tile the last region's weights are set to 0.
+        # Tiles after the last belong to the last region, with weights of 0.
         region = ops.minimum(region, start.shape[0] - 1)
         exists = ops.cast(tile < ends[-1], "float32")[:, None, None, None]
         tile = tile - ops.take(ends - counts, region)
@@ -122,7 +124,7 @@ def _over_tiles(add, total, first_pixel, map_size, start, size, output_size, at_
         )
         corner = ops.cast(corner, "float32") + of_region[0]
         pixel = corner[..., None] + ops.arange(TILE, dtype="float32")
-        weights = ops.cast(exists * _shares(pixel, *of_region[1:], bins), dtype)
+        weights = ops.cast(exists * _shares(pixel, of_region[1:], bins), dtype)
         # Pixels outside the map have the weight 0.
         pixel = ops.cast(ops.clip(pixel, 0.0, of_region[-1][..., None]), "int32")
         rows = map_start[:, None] + pixel[:, 0] * map_height_width[:, 1:]
@@ -133,25 +135,24 @@ def _over_tiles(add, total, first_pixel, map_size, start, size, output_size, at_
     return ops.while_loop(lambda number, _: number < ends[-1], step, initial)[1]
 
 
-def _shares(pixel, start, bin_size, points, last, bins):
-    """The mean over the points of each bin of `max(0, 1 - |point - pixel|)`.
+def _shares(pixel, of_region, bins):
+    """Returns the mean over the points of each bin of `max(0, 1 - |point - pixel|)`.
 
     Args:
         pixel: `[K, 2, TILE]` rows and columns of a tile.
-        start, bin_size, points, last: `[K, 2]` of its region.
-        bins: `[output_size]` numbers of the bins.
+        of_region: start, bin size, number of points per bin and last pixel of the map of the
+            tile's region, each `[K, 2]`.
+        bins: `[output_size]`, the indices of the bins.
 
     Returns:
         `[K, 2, output_size, TILE]`.
     """
-    start, bin_size, points, last = (
-        x[..., None, None, None] for x in (start, bin_size, points, last)
-    )
+    start, bin_size, points, last = (x[..., None, None, None] for x in of_region)
     pixel = pixel[:, :, None, :, None]
     start = start + bins[:, None, None] * bin_size
     spacing = ops.maximum(bin_size / points, 1e-6)
-    # Three points and more to a bin are over 2/3 px apart: at most three lie within a pixel of one,
-    # and one more on either side makes up for rounding.
+    # Three or more points per bin are over 2/3 pixel apart: at most three lie within a pixel of
+    # another; one more on either side covers rounding.
     first = ops.floor((pixel - 1.0 - start) / spacing - 0.5)
     point = ops.clip(first, 0.0, points - 1.0) + ops.arange(5, dtype="float32")
     position = start + (point + 0.5) * spacing

@@ -51,11 +51,11 @@ class AnchorGenerator(keras.layers.Layer):
         for argument, values in (("sizes", self.sizes), ("aspect_ratios", self._ratios)):
             if not values or any(not row or min(row) <= 0 for row in values):
                 raise ValueError(f"`{argument}` must be above 0; received {values}.")
-        for argument, values in (("aspect_ratios", self._ratios), ("strides", self.strides)):
-            if values is not None and len(values) != len(self.sizes):
+        for argument, entries in (("aspect_ratios", self._ratios), ("strides", self.strides)):
+            if entries is not None and len(entries) != len(self.sizes):
                 raise ValueError(
                     f"`{argument}` must have one entry for each of the {len(self.sizes)} levels "
-                    f"of `sizes`; received {values}."
+                    f"of `sizes`; received {entries}."
                 )
         counts = {len(s) * len(r) for s, r in zip(self.sizes, self._ratios, strict=True)}
         if len(counts) > 1:
@@ -128,7 +128,7 @@ class AnchorGenerator(keras.layers.Layer):
             cells.append(cell)
         return np.concatenate(cells)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = super().get_config()
         config.update(
             sizes=self.sizes,

@@ -1,4 +1,4 @@
-"""Backbones: by name, or adapted from other people's models (FPN, section 3)."""
+"""Backbones: by name, or adapted from models of other libraries (FPN, section 3)."""
 
 import itertools
 import math
@@ -16,9 +16,9 @@ BACKBONES = {
     "resnext50_32x4d": {"depth": 50, "groups": 32, "width_per_group": 4},
     "resnext101_32x8d": {"depth": 101, "groups": 32, "width_per_group": 8},
 }
-# C{n} is 2**n times smaller than the image (arXiv 1612.03144, section 3).
+# C{n} has a stride of 2**n pixels (arXiv 1612.03144, section 3).
 LEVEL_STRIDES = {"C2": 4, "C3": 8, "C4": 16, "C5": 32}
-# Strides are measured at this image size, large beside what unpadded convolutions cut off.
+# Image size at which strides are measured: large compared with what unpadded convolutions cut off.
 PROBE_SIZE = 512
 
 
@@ -40,21 +40,21 @@ def resolve_backbone(
       keras.applications: at each stride, the last feature map that every path from the image to
       the output passes through (not one inside a block's branch).
 
-    A model may lack the finest or the coarsest levels, but has at least two. Feature maps are
-    assumed to be aligned with the image as padded convolutions align them; those of networks
-    without padding are accepted, and are off by the pixels that they do not cover.
+    A model may lack the finest or the coarsest levels, but must have at least two. Feature maps are
+    assumed to be aligned with the image, as those of padded convolutions are; networks without
+    padding are accepted, with an offset of the pixels that their maps do not cover.
 
     Args:
         backbone: one of "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
             "resnext50_32x4d" and "resnext101_32x8d", or a channels-last `keras.Model` with one
-            input, which does its own preprocessing or none; what comes after C5 is left out.
+            input, whose layers after the coarsest level are dropped.
         resnet: further arguments of `ResNet`, for a backbone given by name. Defaults to None.
-        image_shape: shape of one image, `(height, width, 3)`, None for a size that varies.
+        image_shape: shape of one image, `(height, width, 3)`; None for any height or width.
 
     Raises:
         TypeError: if `backbone` is neither a name nor a `keras.Model`.
-        ValueError: if the name is unknown, if a given model does not take images of `image_shape`
-            or lacks feature maps, or if `resnet` is given with a model.
+        ValueError: if the name is unknown, if a model does not take images of `image_shape` or has
+            no run of feature maps, or if `resnet` is given with a model.
     """
     if isinstance(backbone, str):
         check_choice("backbone", backbone, BACKBONES)
@@ -66,7 +66,7 @@ def resolve_backbone(
         )
     if resnet:
         raise ValueError(
-            "Arguments of `ResNet` are for backbones given by name; received the model "
+            "Arguments of `ResNet` must go with a backbone given by name; received the model "
             f"{backbone.name!r} and {', '.join(map(repr, resnet))}."
         )
     return _pyramid_model(backbone, tuple(image_shape))
@@ -111,8 +111,8 @@ def _pyramid_model(model, image_shape):
             if isinstance(source, keras.Model) and source is not model
         ]
         raise ValueError(
-            f"The backbone {model.name!r} must have feature maps [batch, height, width, channels] of "
-            f"strides 4, 8, 16 and 32, or at least two consecutive ones; received strides "
+            f"The backbone {model.name!r} must have feature maps [batch, height, width, channels] "
+            "of strides 4, 8, 16 and 32, or at least two consecutive ones; received strides "
             f"{sorted(found) or 'none'}"
             + (f" (it contains the model {' and '.join(nested)}: pass that)." if nested else ".")
         )
@@ -136,14 +136,14 @@ def _check_inputs(model, inputs, image_shape):
     height, width = shapes[0][1:3]
     if height not in (None, image_shape[0]) or width not in (None, image_shape[1]):
         raise ValueError(
-            f"The backbone {model.name!r} takes images of shape {shapes[0][1:]}; received "
-            f"image_shape={image_shape}: pass the same, or build that model for (None, None, 3)."
+            f"The backbone {model.name!r} must take images of image_shape={image_shape}, or of "
+            f"(None, None, 3); received one for images of shape {shapes[0][1:]}."
         )
 
 
 def _trunk(output):
     """Returns the tensors that every path to `output` passes through, in their order."""
-    # Depth first, so that a node comes after all those that it takes its tensors from.
+    # Depth-first, so that a node comes after those that compute its inputs.
     nodes, seen, stack = [], set(), [(_node(output), False)]
     while stack:
         node, inputs_done = stack.pop()
@@ -157,7 +157,7 @@ def _trunk(output):
     uses_left = Counter({id(output): 1})
     for node in nodes:
         uses_left.update({id(tensor) for tensor in node.input_tensors})
-    # Where one tensor alone is still to be used, all that follows comes from it.
+    # Where only one tensor is still to be used, everything after depends on it.
     trunk, live = [], {}
     for node in nodes:
         for key in {id(tensor) for tensor in node.input_tensors}:
@@ -176,9 +176,9 @@ def _node(tensor):
 
 
 def _by_stride(images, tensors):
-    """Returns, for each stride among `tensors`, the last map of those with the fewest pixels.
+    """Returns the feature map of each stride: the last of those with the fewest pixels.
 
-    A map with more pixels than another of its stride was padded for the convolution after it.
+    A map with more pixels than another of its stride was padded for the next convolution.
     """
     maps = [tensor for tensor in tensors if len(tensor.shape) == 4]
     if not maps:
@@ -190,7 +190,7 @@ def _by_stride(images, tensors):
     probed = keras.Function(images, maps).compute_output_spec(probe)
     for tensor, (_, height, width, _) in zip(maps, (spec.shape for spec in probed), strict=True):
         if height < 2 or width < 2:
-            continue  # Pooled over the whole image.
+            continue  # Global pooling.
         stride = 2 ** round(math.log2(probe_height / height))
         if stride != 2 ** round(math.log2(probe_width / width)):
             continue

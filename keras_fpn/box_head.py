@@ -145,7 +145,7 @@ class BoxHead(keras.layers.Layer):
         batch, regions = input_shape[:2]
         return (batch, regions, self.num_classes + 1), (batch, regions, self.num_classes, 4)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = super().get_config()
         config.update(
             num_classes=self.num_classes,

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import keras
 from keras import ops
 
+from keras_fpn.typing import Tensor
+
 BOX_FORMATS = tuple(
     prefix + layout
     for prefix in ("", "rel_")
@@ -46,19 +48,19 @@ def check_delta_weights(delta_weights: Sequence[float]) -> tuple[float, ...]:
     return weights
 
 
-def box_area(boxes):
+def box_area(boxes) -> Tensor:
     """Area of boxes `[..., 4]` as `[...]`, in square pixels."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def larger_than(boxes, min_size: float):
+def larger_than(boxes, min_size: float) -> Tensor:
     """Whether both sides of boxes `[..., 4]` are at least `min_size` pixels, as `[...]` bool."""
     width = boxes[..., 2] - boxes[..., 0]
     height = boxes[..., 3] - boxes[..., 1]
     return ops.logical_and(width >= min_size, height >= min_size)
 
 
-def pairwise_iou(boxes_a, boxes_b):
+def pairwise_iou(boxes_a, boxes_b) -> Tensor:
     """Intersection over union of every pair.
 
     Args:
@@ -77,7 +79,7 @@ def pairwise_iou(boxes_a, boxes_b):
     return ops.where(union > 0, intersection / ops.where(union > 0, union, 1.0), 0.0)
 
 
-def clip_boxes(boxes, image_sizes):
+def clip_boxes(boxes, image_sizes) -> Tensor:
     """Clips boxes to their image.
 
     Args:
@@ -93,7 +95,7 @@ def clip_boxes(boxes, image_sizes):
     return ops.minimum(ops.maximum(boxes, 0.0), limits)
 
 
-def encode_deltas(boxes, anchors, weights=(1.0, 1.0, 1.0, 1.0)):
+def encode_deltas(boxes, anchors, weights=(1.0, 1.0, 1.0, 1.0)) -> Tensor:
     """Encodes boxes as deltas from anchors (R-CNN, appendix C; Faster R-CNN, Eq. 2).
 
     Args:
@@ -116,7 +118,7 @@ def encode_deltas(boxes, anchors, weights=(1.0, 1.0, 1.0, 1.0)):
 
 def decode_deltas(
     deltas, anchors, weights=(1.0, 1.0, 1.0, 1.0), max_log_scale: float = MAX_LOG_SCALE
-):
+) -> Tensor:
     """Decodes deltas into boxes: the inverse of `encode_deltas`.
 
     Args:
@@ -135,7 +137,7 @@ def decode_deltas(
     return ops.concatenate([centers - half, centers + half], axis=-1)
 
 
-def convert_boxes(boxes, source: str, target: str, image_sizes):
+def convert_boxes(boxes, source: str, target: str, image_sizes) -> Tensor:
     """Converts boxes from one format to another.
 
     Args:

@@ -199,8 +199,8 @@ def _merge(stages: Mapping, everyday: Mapping) -> dict:
             continue
         if value is not None and not isinstance(value, Mapping):
             raise TypeError(
-                f"`{stage}` must be a {STAGES[stage].__name__} or a dict of its arguments; received "
-                f"{type(value).__name__}."
+                f"`{stage}` must be a {STAGES[stage].__name__} or a dict of its arguments; "
+                f"received {type(value).__name__}."
             )
         merged[stage] = dict(value or {})
         known = {*inspect.signature(STAGES[stage]).parameters, *COMMON}

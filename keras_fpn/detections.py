@@ -114,7 +114,7 @@ class DetectionGenerator(keras.layers.Layer):
             "num_detections": keras.KerasTensor((batch,), "int32"),
         }
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = super().get_config()
         config.update(
             score_threshold=self.score_threshold,

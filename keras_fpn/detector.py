@@ -9,6 +9,7 @@ from keras import ops
 from keras_fpn.boxes import convert_boxes
 from keras_fpn.matcher import real_objects
 from keras_fpn.replicas import num_replicas
+from keras_fpn.typing import Tensor
 from keras_fpn.validation import (
     check_images,
     check_target_structure,
@@ -112,7 +113,7 @@ class Detector(keras.Model):
         for stage in self.stage_names:
             setattr(self, stage, stages[stage])
         self.loss_metrics = [keras.metrics.Mean(name=n) for n in ("loss", *self.loss_names)]
-        self.loss_weights = None
+        self.loss_weights: dict[str, float] | None = None
         self._last_step = {}
         self._steps_to_skip = 0
 
@@ -209,15 +210,15 @@ class Detector(keras.Model):
         features = {level: features[level] for level in self.pyramid.roi_levels}
         return self.box_head(self.roi_pooling(features, regions), training=training)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, training=None) -> dict:
         images, image_sizes = self.prepare_inputs(inputs)
         return self.compute_outputs(images, image_sizes, training=training)
 
-    def compute_output_spec(self, inputs, training=None):
+    def compute_output_spec(self, inputs, training=None) -> dict:
         images, _ = check_images(inputs, self.image_shape)
         return self.compute_outputs(images, keras.KerasTensor((images.shape[0], 2), "int32"))
 
-    def predict(self, x, *args, **kwargs):
+    def predict(self, x, *args, **kwargs) -> dict:
         """Detects as `keras.Model.predict` does; images in memory are checked first."""
         if isinstance(x, dict) or hasattr(x, "__array__"):
             check_images(x, self.image_shape)
@@ -298,7 +299,9 @@ class Detector(keras.Model):
         is_object = real_objects(boxes, labels)
         return GroundTruth(ops.where(is_object[..., None], boxes, 0.0), labels, is_object)
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ) -> Tensor:
         """Returns the total loss of this replica: the weighted losses and the regularization.
 
         Args:
@@ -330,7 +333,9 @@ class Detector(keras.Model):
             optimizer: a `keras.optimizers.Optimizer`, or its name.
             loss_weights: weights of the losses in the total loss, by their names in `loss_names`;
                 1 for those that are not given. Defaults to None, 1 for all.
-            loss, metrics, weighted_metrics: not supported: the losses are the model's own.
+            loss: not supported: the losses are the model's own.
+            metrics: not supported.
+            weighted_metrics: not supported.
             **kwargs: `run_eagerly`, `steps_per_execution`, `jit_compile`, `auto_scale_loss`, as in
                 `keras.Model.compile`.
 
@@ -352,12 +357,13 @@ class Detector(keras.Model):
                 )
             if not 0 <= weight < float("inf"):
                 raise ValueError(
-                    f"`loss_weights` must be finite and >= 0; received {weight!r} for {loss_name!r}."
+                    f"`loss_weights` must be finite and >= 0; received {weight!r} for "
+                    f"{loss_name!r}."
                 )
         super().compile(optimizer, **kwargs)
         self.loss_weights = None if loss_weights is None else dict(loss_weights)
 
-    def get_compile_config(self):
+    def get_compile_config(self) -> dict:
         config = super().get_compile_config()
         return config and {**config, "loss_weights": self.loss_weights}
 
@@ -365,7 +371,9 @@ class Detector(keras.Model):
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
-    def fit(self, x=None, y=None, *args, validation_data=None, initial_step: int = 0, **kwargs):
+    def fit(
+        self, x=None, y=None, *args, validation_data=None, initial_step: int = 0, **kwargs
+    ) -> keras.callbacks.History:
         """Trains as `keras.Model.fit` does, after checking the data.
 
         It works under `tf.distribute.MultiWorkerMirroredStrategy` too, every worker calling it.
@@ -407,7 +415,7 @@ class Detector(keras.Model):
         return {name: float(value) for name, value in self._last_step.items()}
 
     @property
-    def metrics(self):
+    def metrics(self) -> list:
         others = [m for m in super().metrics if m is not self._loss_tracker]
         return [*self.loss_metrics, *(m for m in others if m not in self.loss_metrics)]
 
@@ -422,13 +430,13 @@ class Detector(keras.Model):
             metric.update_state(losses[metric.name], sample_weight=batch_size)
         return self.get_metrics_result()
 
-    def train_step(self, data):
+    def train_step(self, data) -> dict:
         _require_tensorflow()
         from keras_fpn import tensorflow_step
 
         return tensorflow_step.train_step(self, data)
 
-    def test_step(self, data):
+    def test_step(self, data) -> dict:
         _require_tensorflow()
         from keras_fpn import tensorflow_step
 
@@ -467,7 +475,7 @@ class Detector(keras.Model):
 
     # === Saving ===
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = {
             stage: keras.saving.serialize_keras_object(getattr(self, stage))
             for stage in self.stage_names
@@ -480,7 +488,7 @@ class Detector(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config, custom_objects=None) -> "Detector":
         stages = {
             stage: keras.saving.deserialize_keras_object(
                 config[stage], custom_objects=custom_objects
@@ -489,6 +497,12 @@ class Detector(keras.Model):
             if stage in config
         }
         return cls(**config | stages)
+
+    def export(self, filepath, *args, **kwargs) -> None:
+        """Exports `functional_model` as `keras.Model.export` does: any format, no call needed."""
+        model = self.functional_model()
+        model(model.input)  # Keras's ONNX exporter requires a model that has been called.
+        model.export(filepath, *args, **kwargs)
 
     def inference_copy(self) -> "Detector":
         """Returns an uncompiled copy with the same weights, without the optimizer's state."""

@@ -12,6 +12,7 @@ from keras import ops
 from keras_fpn.monitoring import monitor
 from keras_fpn.ranking import take_rows
 from keras_fpn.replicas import sum_over_replicas
+from keras_fpn.typing import Tensor
 from keras_fpn.validation import check_non_negative
 
 
@@ -105,7 +106,7 @@ class RoILoss(_BoxLossLayer):
         }
 
 
-def objectness_loss(logits, is_positive, is_sampled, num_samples):
+def objectness_loss(logits, is_positive, is_sampled, num_samples) -> Tensor:
     """Returns the binary cross-entropy of object against background over the sampled anchors.
 
     Args:
@@ -122,7 +123,7 @@ def objectness_loss(logits, is_positive, is_sampled, num_samples):
     return ops.sum(ops.where(is_sampled, cross_entropy, 0.0)) / num_samples
 
 
-def classification_loss(logits, labels, is_sampled, num_samples):
+def classification_loss(logits, labels, is_sampled, num_samples) -> Tensor:
     """Returns the cross-entropy of the true class over the sampled regions.
 
     Args:
@@ -140,7 +141,7 @@ def classification_loss(logits, labels, is_sampled, num_samples):
     return ops.sum(ops.where(is_sampled, cross_entropy, 0.0)) / num_samples
 
 
-def box_loss(deltas, targets, is_positive, num_samples, beta: float):
+def box_loss(deltas, targets, is_positive, num_samples, beta: float) -> Tensor:
     """Returns the smooth L1 loss between deltas and their targets over the positives.
 
     Args:

@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_fpn.boxes import box_area, pairwise_iou
+from keras_fpn.typing import Tensor
 
 
 def match(
@@ -40,7 +41,7 @@ def match(
     return matched, is_positive, is_negative
 
 
-def real_objects(boxes, labels):
+def real_objects(boxes, labels) -> Tensor:
     """Returns which rows of a padded ground truth have a label, finite edges and an area.
 
     Args:

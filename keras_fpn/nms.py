@@ -4,30 +4,30 @@ from keras import ops
 
 from keras_fpn.boxes import pairwise_iou
 from keras_fpn.ranking import take_rows
+from keras_fpn.typing import Tensor
 
 
 def non_max_suppression(
     boxes, scores, groups, iou_threshold: float, max_output: int, tile_size: int = 256
-):
-    """What the textbook loop keeps: the best box, then the best that no kept one suppresses, ...
+) -> Tensor:
+    """Greedy non-maximum suppression within groups, such as levels or classes.
 
-    A box is suppressed by a kept box of its own group whose IoU with it is over the threshold.
-    Of equal scores the lower index goes first.
+    In descending order of score, a box is kept unless its IoU with a kept box of its own group
+    exceeds the threshold. Ties go to the lower index.
 
-    The boxes, in the order of their scores, are settled a tile at a time: first against those kept
-    so far, then among themselves, and the loop ends as soon as every image has `max_output` boxes
-    or none left.
+    Boxes are processed one tile at a time: first against the boxes kept so far, then against each
+    other. The loop ends as soon as every image has `max_output` boxes or no more candidates.
 
     Args:
         boxes: `[B, N, 4]` xyxy.
-        scores: `[B, N]`; -inf (or NaN) marks a row that is no candidate.
-        groups: `[B, N]` or `[1, N]` integers; only boxes of one group compete (level, or class).
-        iou_threshold: boxes that overlap by more than this compete.
-        max_output: how many boxes an image keeps at the most.
-        tile_size: boxes settled at once; it changes the speed, never the result.
+        scores: `[B, N]`; -inf (or NaN) for rows that are not candidates.
+        groups: `[B, N]` or `[1, N]` integers; boxes of different groups do not suppress each other.
+        iou_threshold: NMS IoU threshold.
+        max_output: largest number of boxes kept per image.
+        tile_size: boxes per tile; it affects the speed only. Defaults to 256.
 
     Returns:
-        `[B, max_output]` int32 indices into N in the order of the scores, -1 where none is left.
+        `[B, max_output]` int32 indices into N in descending order of score, padded with -1.
     """
     total = boxes.shape[1]
     tile_size = min(tile_size, total)
@@ -51,14 +51,14 @@ def non_max_suppression(
         more = ops.logical_and(count < max_output, ops.take(candidate, start, axis=1))
         return ops.logical_and(tile < tiles, ops.any(more))
 
-    def settle_tile(tile, kept, count):
+    def process_tile(tile, kept, count):
         start = tile * tile_size
         tile_boxes = ops.slice(boxes, (0, start, 0), (batch, tile_size, 4))
         tile_groups = ops.slice(groups, (0, start), (batch, tile_size))
         alive = ops.slice(candidate, (0, start), (batch, tile_size))
 
         kept_positions = kept[:, :max_output]
-        by_kept = _competes(
+        by_kept = _suppresses(
             take_rows(boxes, kept_positions),
             take_rows(groups, kept_positions),
             tile_boxes,
@@ -68,10 +68,10 @@ def non_max_suppression(
         by_kept = ops.logical_and(by_kept, (slots < count[:, None])[:, :, None])
         alive = ops.logical_and(alive, ops.logical_not(ops.any(by_kept, axis=1)))
 
-        within = _competes(tile_boxes, tile_groups, tile_boxes, tile_groups, iou_threshold)
+        within = _suppresses(tile_boxes, tile_groups, tile_boxes, tile_groups, iou_threshold)
         keep = _greedy(alive, ops.logical_and(within, earlier))
 
-        # Slot `max_output` is where everything goes that is not kept.
+        # Boxes that are not kept go to the slot `max_output`.
         slot = count[:, None] + ops.cumsum(ops.cast(keep, "int32"), axis=1) - 1
         slot = ops.where(ops.logical_and(keep, slot < max_output), slot, max_output)
         positions = ops.broadcast_to(start + ops.arange(tile_size, dtype="int32"), ops.shape(slot))
@@ -82,7 +82,7 @@ def non_max_suppression(
 
     _, kept, count = ops.while_loop(
         unfinished,
-        settle_tile,
+        process_tile,
         (
             ops.convert_to_tensor(0, "int32"),
             ops.zeros((batch, max_output + 1), "int32"),
@@ -93,23 +93,27 @@ def non_max_suppression(
     return ops.where(slots < count[:, None], take_rows(order, kept[:, :max_output]), -1)
 
 
-def _competes(boxes_a, groups_a, boxes_b, groups_b, iou_threshold):
+def _suppresses(boxes_a, groups_a, boxes_b, groups_b, iou_threshold):
     same_group = groups_a[:, :, None] == groups_b[:, None, :]
     return ops.logical_and(pairwise_iou(boxes_a, boxes_b) > iou_threshold, same_group)
 
 
 def _greedy(alive, suppresses):
-    """The greedy choice among one tile.
+    """Greedy NMS within one tile, as a fixed point.
 
-    A box is kept if it is alive and no kept one before it suppresses it. Iterated from "all kept",
-    pass n is right for the first n boxes at least, so the first pass that changes nothing is the
-    answer; real boxes need a handful of passes.
+    A box is kept if it is alive and no kept box before it suppresses it. Starting from all boxes,
+    pass n is correct for at least the first n, so the first pass without a change is the result;
+    real boxes take a handful of passes.
 
     Args:
-        alive: `[B, T]` bool.
-        suppresses: `[B, T, T]` bool, strictly upper triangular: `[i, j]`, i would suppress j.
+        alive: `[B, T]` bool, boxes that are still candidates.
+        suppresses: `[B, T, T]` bool, strictly upper triangular: at `[i, j]`, whether i would
+            suppress j.
+
+    Returns:
+        `[B, T]` bool, the boxes that are kept.
     """
-    # A count of at most T, exact in any float format that a matrix product may use.
+    # Counts of at most T are exact in any float format of a matrix product.
     suppresses = ops.cast(suppresses, "float32")
 
     def step(keep, settled):

@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_fpn.typing import Tensor
+
 NORMALIZATIONS = ("frozen_batch_norm", "batch_norm", "sync_batch_norm", "group_norm")
 
 
@@ -41,15 +43,15 @@ class FrozenBatchNormalization(keras.layers.Layer):
         self.moving_mean = weight("moving_mean", "zeros")
         self.moving_variance = weight("moving_variance", "ones")
 
-    def call(self, inputs):
+    def call(self, inputs) -> Tensor:
         scale = self.gamma * ops.rsqrt(self.moving_variance + self.epsilon)
         shift = self.beta - self.moving_mean * scale
         return inputs * ops.cast(scale, inputs.dtype) + ops.cast(shift, inputs.dtype)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape) -> tuple:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "epsilon": self.epsilon}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import keras
 from keras import ops
 
+from keras_fpn.typing import Tensor
 from keras_fpn.validation import check_choice, check_int
 
 
@@ -49,7 +50,7 @@ class ImageNormalizer(keras.layers.Layer):
         self.size_divisor = check_int("size_divisor", size_divisor)
         self.channel_order = check_choice("channel_order", channel_order, ("rgb", "bgr"))
 
-    def call(self, images, image_sizes):
+    def call(self, images, image_sizes) -> Tensor:
         """Returns the normalized batch.
 
         Args:
@@ -79,14 +80,14 @@ class ImageNormalizer(keras.layers.Layer):
         # LiteRT needs a static number of channels.
         return ops.reshape(x, (shape[0], shape[1] + bottom, shape[2] + right, 3))
 
-    def compute_output_shape(self, images_shape, image_sizes_shape):
+    def compute_output_shape(self, images_shape, image_sizes_shape) -> tuple:
         def padded(size):
             return None if size is None else size + -size % self.size_divisor
 
         batch, height, width, channels = images_shape
         return (batch, padded(height), padded(width), channels)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = super().get_config()
         config.update(
             mean=self.mean,

@@ -122,7 +122,7 @@ class ProposalGenerator(keras.layers.Layer):
         batch = image_sizes_shape[0]
         return (batch, self.post_nms, 4), (batch, self.post_nms)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = super().get_config()
         config.update(
             pre_nms=self.pre_nms,

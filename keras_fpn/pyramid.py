@@ -58,18 +58,17 @@ class FeaturePyramid(keras.layers.Layer):
             self.laterals[level] = self._convolution(1, f"lateral_{level}", shape)
             self.outputs[level] = self._convolution(3, f"output_{level}", between)
             if self.normalization is not None:
-                self.lateral_norms[level] = self._norm(f"lateral_norm_{level}", between)
-                self.output_norms[level] = self._norm(f"output_norm_{level}", between)
+                for name, norms in (("lateral", self.lateral_norms), ("output", self.output_norms)):
+                    norms[level] = normalization_layer(
+                        self.normalization,
+                        self.norm_epsilon,
+                        name=f"{name}_norm_{level}",
+                        dtype=self.dtype_policy,
+                    )
+                    norms[level].build(between)
         if not self.trainable:
             # Set before the layers existed; apply it to them.
             self.trainable = False
-
-    def _norm(self, name, input_shape):
-        layer = normalization_layer(
-            self.normalization, self.norm_epsilon, name=name, dtype=self.dtype_policy
-        )
-        layer.build(input_shape)
-        return layer
 
     def _convolution(self, kernel_size, name, input_shape):
         layer = keras.layers.Conv2D(
@@ -135,7 +134,7 @@ class FeaturePyramid(keras.layers.Layer):
         shapes[f"P{int(coarsest[1:]) + 1}"] = (batch, *halved, channels)
         return shapes
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = super().get_config()
         config.update(
             channels=self.channels,

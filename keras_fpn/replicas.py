@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import keras
 from keras import ops
 
+from keras_fpn.typing import Tensor
+
 
 def num_replicas() -> int:
     """Returns the number of replicas, those of all workers together."""
@@ -16,7 +18,7 @@ def num_replicas() -> int:
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
-def sum_over_replicas(values):
+def sum_over_replicas(values) -> Tensor:
     """Returns the sum over all replicas of a tensor, or of each of a list of tensors."""
     if num_replicas() == 1:
         return values
@@ -25,7 +27,7 @@ def sum_over_replicas(values):
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values)
 
 
-def rows_of_replica(batch_size):
+def rows_of_replica(batch_size) -> Tensor:
     """Returns the positions of this replica's images in the global batch.
 
     Args:

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_fpn.normalization import NORMALIZATIONS, normalization_layer
+from keras_fpn.typing import Tensor
 from keras_fpn.validation import check_choice, check_int, check_non_negative
 
 # Residual blocks in C2, C3, C4 and C5 for each depth. From 50 on the blocks are bottlenecks.
@@ -27,11 +28,11 @@ STAGE_BLOCKS = {
 class GroupedConv2D(keras.layers.Conv2D):
     """Grouped convolution.
 
-    On TensorFlow it is one convolution per group: Keras compiles a grouped one with XLA, which not
-    every server has, and without oneDNN TensorFlow has no gradient of it on the CPU.
+    On TensorFlow it is one convolution per group: Keras compiles grouped ones with XLA, which not
+    every server supports, and TensorFlow without oneDNN lacks their gradient on the CPU.
     """
 
-    def convolution_op(self, inputs, kernel):
+    def convolution_op(self, inputs, kernel) -> Tensor:
         convolve = super().convolution_op
         if keras.backend.backend() != "tensorflow":
             return convolve(inputs, kernel)
@@ -45,7 +46,7 @@ class GroupedConv2D(keras.layers.Conv2D):
 
 @keras.saving.register_keras_serializable("keras_fpn")
 class ResNet(keras.Model):
-    """Residual network that gives the last feature map of each of its stages.
+    """Residual network that returns the last feature map of each of its stages.
 
     Takes normalized images `[batch, height, width, 3]` of any size and returns
     `{"C2", "C3", "C4", "C5"}`, where `C{n}` is `[batch, ceil(height / 2**n), ceil(width / 2**n),
@@ -58,29 +59,27 @@ class ResNet(keras.Model):
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        stride_in_1x1: whether a bottleneck block strides in its first 1x1 convolution, as the
-            original network and Detectron2 have it, or in the 3x3 (v1.5, as torchvision has it).
-            Defaults to False. Depths 18 and 34 have no bottleneck blocks and admit only False.
-        groups: groups of the 3x3 convolutions in bottleneck blocks: 1 (the default) is ResNet, more
-            is ResNeXt (Xie et al., arXiv 1611.05431). Depths 18 and 34 admit only 1.
-        width_per_group: channels of a group in C2's 3x3 convolutions, twice as many in each stage
-            after it. Defaults to 64; ResNeXt-101 32x8d has 32 groups of 8.
+        stride_in_1x1: whether bottleneck blocks stride in their first 1x1 convolution, as in the
+            original network and Detectron2, rather than in the 3x3 (v1.5, as in torchvision).
+            Defaults to False, the only choice for depths 18 and 34, without bottleneck blocks.
+        groups: groups of the 3x3 convolutions in bottleneck blocks: 1, the default, for ResNet,
+            more for ResNeXt (Xie et al., arXiv 1611.05431). Depths 18 and 34 have only 1.
+        width_per_group: channels of a group in C2's 3x3 convolutions; each further stage has twice
+            as many. Defaults to 64; ResNeXt-101 32x8d has 32 groups of 8.
         normalization: "frozen_batch_norm", "batch_norm", "sync_batch_norm" (batch statistics over
             all replicas, TensorFlow only), "group_norm" (32 groups), or None: convolutions with a
             bias, which batch norms can be folded into for inference. Defaults to "batch_norm".
-        norm_epsilon: float, added to the variance in every normalization. Defaults to 1e-5.
-        frozen_stages: int, how many of stem, C2, C3, C4 and C5 are fixed in training, counted from
-            the image: 0 is none, 2 is stem and C2, 5 is all. A batch norm that is fixed uses its
-            moving statistics. Defaults to 0.
+        norm_epsilon: epsilon of the normalization layers. Defaults to 1e-5.
+        frozen_stages: number of stages that are not trained, from the image on: 2 are the stem and
+            C2, 5 are all. Frozen batch norms use their moving statistics. Defaults to 0.
         image_shape: shape of one image, `(height, width, 3)`. Defaults to `(None, None, 3)`.
         name: name of the model. Defaults to "resnet{depth}", and with groups to
             "resnext{depth}_{groups}x{width_per_group}d".
-        trainable: whether anything of the network is trained. Defaults to True.
+        trainable: whether any weight is trained. Defaults to True.
         dtype: precision policy or its name. Defaults to the global policy.
 
     Raises:
-        ValueError: if `depth`, `groups`, `width_per_group`, `normalization`, `frozen_stages` or
-            `image_shape` is not one of those named above.
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -102,16 +101,16 @@ class ResNet(keras.Model):
         bottleneck = depth >= 50
         if stride_in_1x1 and not bottleneck:
             raise ValueError(
-                "stride_in_1x1=True needs the bottleneck blocks of depth 50, 101 or 152, not depth "
-                f"{depth}."
+                f"`stride_in_1x1` must be False at depth {depth}, which has no bottleneck blocks; "
+                f"received {stride_in_1x1!r}."
             )
         groups = check_int("groups", groups)
         width_per_group = check_int("width_per_group", width_per_group)
         norm_epsilon = check_non_negative("norm_epsilon", norm_epsilon)
         if (groups, width_per_group) != (1, 64) and not bottleneck:
             raise ValueError(
-                f"groups={groups} and width_per_group={width_per_group} need the bottleneck blocks "
-                f"of depth 50, 101 or 152, not depth {depth}."
+                f"`groups` and `width_per_group` must be 1 and 64 at depth {depth}, which has no "
+                f"bottleneck blocks; received {groups} and {width_per_group}."
             )
         if normalization is not None:
             check_choice("normalization", normalization, NORMALIZATIONS)
@@ -135,7 +134,7 @@ class ResNet(keras.Model):
         x = convolve(images, 64, 7, strides=2, name="stem_conv")
         x = normalize(x, name="stem_norm")
         x = keras.layers.ReLU(name="stem_relu", dtype=dtype)(x)
-        # Nothing is below zero after the ReLU, so that padding with zeros changes no maximum.
+        # Values are >= 0 after the ReLU, so that padding with zeros changes no maximum.
         x = _pad(x, 1, name="stem_pool_pad", dtype=dtype)
         x = keras.layers.MaxPooling2D(
             3, strides=2, data_format="channels_last", name="stem_pool", dtype=dtype
@@ -195,7 +194,7 @@ class ResNet(keras.Model):
         check_choice("level", level, self.output)
         inputs = self.output.get(f"C{int(level[1:]) - 1}", self.input)
         stage = keras.Model(inputs, self.output[level], name=f"{self.name}_{level}")
-        stage.input_spec = None  # Its input need not have the size that `image_shape` leads to.
+        stage.input_spec = None  # Accepts other sizes than those that follow from `image_shape`.
         return stage
 
     # A method: Keras would save the contents of a property a second time.
@@ -209,7 +208,7 @@ class ResNet(keras.Model):
             if isinstance(layer, keras.layers.Conv2D)
         ]
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {
             "depth": self.depth,
             "stride_in_1x1": self.stride_in_1x1,
@@ -225,12 +224,12 @@ class ResNet(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config) -> "ResNet":
         return cls(**config)
 
 
 def _residual_block(x, convolutions, convolve, normalize, name, dtype):
-    """`relu(F(x) + shortcut(x))`, F's convolutions as (filters, kernel size, strides, groups)."""
+    """Returns `relu(F(x) + shortcut(x))`; F's convolutions are (filters, size, strides, groups)."""
     block_filters = convolutions[-1][0]
     block_strides = max(strides for _, _, strides, _ in convolutions)
     shortcut = x
@@ -247,7 +246,7 @@ def _residual_block(x, convolutions, convolve, normalize, name, dtype):
 
 
 def _convolve(x, filters, kernel_size, strides, groups=1, *, use_bias, name, dtype):
-    # "same" would pad a strided convolution at the far side only; the reference pads both alike.
+    # "same" would pad strided convolutions at the far side only; the reference pads both sides.
     if kernel_size > 1 and strides > 1:
         x = _pad(x, kernel_size // 2, name=f"{name}_pad", dtype=dtype)
         padding = "valid"

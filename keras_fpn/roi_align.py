@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_fpn.adaptive_roi_align import pool_adaptively
 from keras_fpn.roi_levels import assign_levels
+from keras_fpn.typing import Tensor
 from keras_fpn.validation import check_int, check_non_negative
 
 
@@ -52,7 +53,7 @@ class PyramidRoIAlign(keras.layers.Layer):
         self.canonical_size = check_non_negative("canonical_size", canonical_size)
         self.aligned = aligned
 
-    def call(self, features: Mapping, boxes):
+    def call(self, features: Mapping, boxes) -> Tensor:
         """Returns the pooled features.
 
         Args:
@@ -90,8 +91,9 @@ class PyramidRoIAlign(keras.layers.Layer):
             map_size = ops.concatenate([height, width], -1)
             sides = self._sides(start, end)
             return pool_adaptively(table, offset[..., 0], map_size, start, sides, self.output_size)
-        rows, row_weights = self._taps(y1, y2, height)
-        columns, column_weights = self._taps(x1, x2, width)
+        points = self.sampling_ratio
+        rows, row_weights = self._taps(y1, y2, height, points)
+        columns, column_weights = self._taps(x1, x2, width, points)
 
         table = ops.reshape(table, (-1, channels))
         # [B, R, bin row, bin column, tap row, tap column], the taps of a bin side by side.
@@ -99,48 +101,49 @@ class PyramidRoIAlign(keras.layers.Layer):
         row_starts = (first + rows * width[..., None])[:, :, :, None, :, None]
         index = row_starts + columns[:, :, None, :, None, :]
         weights = row_weights[:, :, :, None, :, None] * column_weights[:, :, None, :, None, :]
-        side, taps = self.output_size, (2 * self.sampling_ratio) ** 2
+        side, taps = self.output_size, (2 * points) ** 2
         pixels_of_bins = ops.take(table, ops.reshape(index, (-1, side, side, taps)), axis=0)
         weights = ops.cast(ops.reshape(weights, (-1, side, side, 1, taps)), table.dtype)
         pooled = ops.matmul(weights, pixels_of_bins)
         return ops.reshape(pooled, (-1, regions, side, side, channels))
 
-    def _taps(self, start, end, limit):
+    def _taps(self, start, end, limit, points):
         """Returns the pixels and weights that interpolate the points of each bin along one axis.
 
         Args:
             start: `[B, R, 1]` first edge of the regions, in pixels of their level.
             end: `[B, R, 1]` last edge.
             limit: `[B, R, 1]` int32 pixels of the level along the axis.
+            points: points of a bin along the axis.
 
         Returns:
-            `(indices, weights)`, both `[B, R, output_size, 2 * sampling_ratio]`: the two pixels
+            `(indices, weights)`, both `[B, R, output_size, 2 * points]`: the two pixels
             around each point. Points more than a pixel outside the map count as 0, others outside
             are moved to its edge.
         """
-        points = self.output_size * self.sampling_ratio
-        bin_size = self._sides(start, end) / points
-        position = start + (ops.arange(points, dtype="float32") + 0.5) * bin_size
+        total = self.output_size * points
+        spacing = self._sides(start, end) / total
+        position = start + (ops.arange(total, dtype="float32") + 0.5) * spacing
         last = ops.cast(limit - 1, "float32")
         inside = ops.logical_and(position >= -1.0, position <= last + 1.0)
         position = ops.clip(position, 0.0, last)
         low = ops.floor(position)
         high = ops.minimum(low + 1.0, last)
         share = position - low
-        mean = ops.cast(inside, "float32") / self.sampling_ratio
+        mean = ops.cast(inside, "float32") / points
         indices = ops.cast(ops.stack([low, high], axis=-1), "int32")
         weights = ops.stack([(1.0 - share) * mean, share * mean], axis=-1)
-        bins = (*start.shape[1:2], self.output_size, 2 * self.sampling_ratio)
+        bins = (*start.shape[1:2], self.output_size, 2 * points)
         return ops.reshape(indices, (-1, *bins)), ops.reshape(weights, (-1, *bins))
 
     def _sides(self, start, end):
         return end - start if self.aligned else ops.maximum(end - start, 1.0)
 
-    def compute_output_shape(self, features_shape, boxes_shape):
+    def compute_output_shape(self, features_shape, boxes_shape) -> tuple:
         channels = next(iter(features_shape.values()))[-1]
         return (*boxes_shape[:2], self.output_size, self.output_size, channels)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = super().get_config()
         config.update(
             output_size=self.output_size,

@@ -3,12 +3,13 @@
 from keras import ops
 
 from keras_fpn.boxes import box_area
+from keras_fpn.typing import Tensor
 
 
 def assign_levels(
     boxes, min_level: int, max_level: int, canonical_level: int, canonical_size: float
-):
-    """k = floor(k0 + log2(sqrt(w * h) / 224)), clamped to the levels of the pyramid.
+) -> Tensor:
+    """Returns k = floor(k0 + log2(sqrt(w * h) / 224)), clamped to the levels of the pyramid.
 
     Args:
         boxes: `[..., 4]` xyxy pixels.

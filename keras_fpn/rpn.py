@@ -87,7 +87,7 @@ class RPNHead(keras.layers.Layer):
             {level: (*shape[:-1], 4 * anchors) for level, shape in input_shapes.items()},
         )
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = super().get_config()
         config.update(
             anchors_per_location=self.anchors_per_location,

@@ -32,7 +32,8 @@ def draw_samples(
         too few candidates.
     """
     absent = -float("inf")
-    noise = _noise(*ops.shape(is_positive), seed)
+    batch_size, num_candidates = ops.shape(is_positive)
+    noise = _noise(batch_size, num_candidates, seed)
     max_positives = int(num_samples * positive_fraction)
     drawn, positives = top_k(ops.where(is_positive, noise, absent), max_positives)
     positive_drawn = drawn > absent
@@ -49,11 +50,12 @@ def draw_samples(
 
 
 def _noise(batch_size, num_candidates, seed):
-    """`[B, N]` draws from 0..1 that depend on an image's place among the images of all replicas.
+    """Returns `[B, N]` draws from 0..1 that depend on an image's place in the global batch.
 
     So two replicas of one image draw what one replica of two draws. Every replica draws the same
-    two numbers a candidate, and image i adds i times the second to the first, modulo 1: uniform
-    draws, independent within an image and between any two, which cost no more for many replicas.
+    two numbers per candidate, and image i adds i times the second to the first, modulo 1: uniform
+    draws, independent within an image and between any two, at a cost that does not depend on the
+    number of replicas.
     """
     first, second = ops.unstack(keras.random.uniform((2, num_candidates), seed=seed), 2)
     rows = ops.cast(rows_of_replica(batch_size), "float32")[:, None]

@@ -111,7 +111,7 @@ class RPNTargets(_SamplingLayer):
             "deltas": encode_deltas(sampled_boxes, sampled_anchors, delta_weights),
         }
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = super().get_config()
         config.update(
             positive_iou=self.positive_iou,
@@ -193,7 +193,7 @@ class RoITargets(_SamplingLayer):
             "deltas": encode_deltas(take_rows(boxes, objects), regions, delta_weights),
         }
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = super().get_config()
         config.update(positive_iou=self.positive_iou)
         return config

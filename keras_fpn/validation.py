@@ -28,7 +28,7 @@ def check_fraction(argument: str, value) -> float:
     Raises:
         ValueError: if `value` is not a number in 0..1.
     """
-    if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
         raise ValueError(f"`{argument}` must be in 0..1; received {value!r}.")
     return float(value)
 
@@ -39,7 +39,7 @@ def check_non_negative(argument: str, value) -> float:
     Raises:
         ValueError: if `value` is not such a number.
     """
-    if not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
         raise ValueError(f"`{argument}` must be a finite number >= 0; received {value!r}.")
     return float(value)
 
@@ -200,15 +200,15 @@ def check_target_structure(targets) -> None:
     """Checks the names and ranks of a ground truth, which may be symbolic.
 
     Raises:
-        ValueError: if it is not `{"boxes": [B, G, 4], "labels": [B, G]}`; "image_ids" are accepted
-            as well, and ignored.
+        ValueError: if it is not `{"boxes": [B, G, 4], "labels": [B, G]}`; the optional fields of
+            the input pipeline, "image_ids", "masks" and "proposals", are accepted as well.
     """
     expected = (
         "Targets must be {'boxes': [batch, objects, 4], 'labels': [batch, objects]}; received "
     )
     if not isinstance(targets, dict):
         raise ValueError(f"{expected}{'none' if targets is None else type(targets).__name__}.")
-    if set(targets) - {"image_ids"} != {"boxes", "labels"}:
+    if set(targets) - {"image_ids", "masks", "proposals"} != {"boxes", "labels"}:
         raise ValueError(f"{expected}the keys {sorted(map(str, targets))}.")
     shapes = [
         tuple(x.shape) if hasattr(x, "shape") else np.shape(x)

@@ -93,7 +93,8 @@ class TestNames:
         assert backbone.output["C5"].shape == (None, 2, 3, 2048)
 
     def test_resnext(self):
-        backbone = resolve_backbone("resnext101_32x8d")
+        with keras.StatelessScope(initialize_variables=False):  # Values take most of the time.
+            backbone = resolve_backbone("resnext101_32x8d")
         assert backbone.name == "resnext101_32x8d"
         # torchvision 0.27.1's without its `fc`.
         assert sum(np.prod(weight.shape) for weight in backbone.trainable_weights) == 86742336
@@ -196,7 +197,7 @@ class TestKerasApplications:
     def test_classifier_of_a_fixed_size_needs_that_image_shape(self):
         given = keras.applications.MobileNetV2(weights=None, alpha=0.35, input_shape=(96, 96, 3))
         assert resolve_backbone(given, image_shape=(96, 96, 3)).output["C5"].shape[1:3] == (3, 3)
-        with pytest.raises(ValueError, match=r"takes .* \(96, 96, 3\); received image_shape="):
+        with pytest.raises(ValueError, match=r"\(None, None, 3\); received .* \(96, 96, 3\)"):
             resolve_backbone(given)
 
 
@@ -289,13 +290,14 @@ class TestThreeLevels:
         return small_detector(
             backbone=keras.Model(inputs, outputs),
             normalization=None,
+            score_threshold=0.0,
             anchor_sizes=(16, 32, 64, 128),
         )
 
-    def test_predicts(self, model, images):
+    def test_detects(self, model, images):
         assert len(model.pyramid.roi_levels) == 3
         assert len(model.pyramid.rpn_levels) == 4
-        found = model.predict(images, verbose=0)
+        found = {name: convert_to_numpy(x) for name, x in model(images).items()}
         assert found["num_detections"][0] > 0
         assert np.isfinite(found["boxes"]).all()
 

@@ -294,7 +294,7 @@ def test_every_argument_of_a_stage_is_checked(stage, argument):
         ({"class_names": "face"}, "`class_names` .*received 'face'"),
         ({"class_names": ["a"], "num_classes": 2}, "`class_names` .* 2 classes; received 1"),
         ({"backbone": "resnet51"}, "`backbone` .*received 'resnet51'; did you mean 'resnet50'"),
-        ({"resnet": {"stride_in_1x1": True}}, "stride_in_1x1=True .* depth 18"),
+        ({"resnet": {"stride_in_1x1": True}}, "`stride_in_1x1` .* depth 18"),
         # Misspelled, or not the caller's to say.
         ({"proposals": {"post_mns": 3}}, "`proposals` .*'post_mns'; did you mean 'post_nms'"),
         ({"resnet": {"normalisation": None}}, "`resnet` .*; did you mean 'normalization'"),

@@ -173,7 +173,7 @@ def test_stages_are_those_that_the_model_declares(detector):
 def test_heads_and_anchors_that_do_not_fit_are_refused(detector):
     config = detector.get_config()
     config["anchors"]["config"]["aspect_ratios"] = (1.0,)
-    with pytest.raises(ValueError, match="`anchors` has 1 .*`rpn_head` predicts 3"):
+    with pytest.raises(ValueError, match=r"`anchors` has 1 .*`rpn_head` predicts 3"):
         FasterRCNN.from_config(config)
 
 

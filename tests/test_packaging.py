@@ -1,4 +1,4 @@
-"""What `pip install` gives: a package that works with its core dependencies alone."""
+"""What `pip install` gives: a package that needs only its core dependencies, and a command."""
 
 import re
 import shutil
@@ -9,23 +9,35 @@ from pathlib import Path
 import pytest
 
 import keras_fpn
+from keras_fpn.runs.command import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
-# What only training, evaluation and drawing are done with.
+# Modules of the extras, which only programs and drawing need.
 EXTRAS = (
     "tensorflow_datasets",
+    "importlib_resources",
+    "tyro",
     "faster_coco_eval",
     "pycocotools",
     "matplotlib",
+    "tensorboard",
+    "PIL",
     "tqdm",
-    "training",
 )
-# What training's programs import, and a user may lack.
-TRAINING = ("tensorflow_datasets", "simple_parsing", "faster_coco_eval")
+REFUSE_EXTRAS = f"""
+import importlib.abc, importlib.util, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {EXTRAS}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name in {EXTRAS} else find(name, *a)
+"""
 
 
 def python(code, path, *arguments):
-    """What an interpreter prints that sees `path` in place of this repository."""
+    """Runs an interpreter that finds `path` in place of this repository."""
     code = f"import sys; sys.path.insert(0, {str(path)!r}); {code}"
     return subprocess.run(
         [sys.executable, "-I", "-c", code, *arguments], capture_output=True, text=True, cwd=path
@@ -34,7 +46,7 @@ def python(code, path, *arguments):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A folder with what the wheel of this checkout installs."""
+    """A folder with the installed wheel of this checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     # A build leaves files where it runs.
     checkout = folder / "checkout"
@@ -54,30 +66,36 @@ def installed(tmp_path_factory):
     return folder / "site"
 
 
+def files(root):
+    return {
+        str(path.relative_to(root)) for path in root.rglob("*") if "__pycache__" not in str(path)
+    }
+
+
 def test_the_wheel_holds_every_module_and_no_other_package(installed):
-    modules = {path.name for path in (ROOT / "keras_fpn").glob("*.py")}
-    assert {path.name for path in (installed / "keras_fpn").glob("*.py")} == modules
-    packages = {path.name for path in installed.iterdir()}
-    assert {name for name in packages if not name.endswith(".dist-info")} == {"keras_fpn"}
+    assert files(installed / "keras_fpn") == files(ROOT / "keras_fpn")
+    assert "py.typed" in files(installed / "keras_fpn")
+    assert "runs/train.py" in files(installed / "keras_fpn")
+    packages = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert packages == {"keras_fpn", "bin"}
+    assert {path.name for path in (installed / "bin").iterdir()} == {"keras-fpn"}
     metadata = next(installed.glob("*.dist-info/METADATA")).read_text()
     assert f"Version: {keras_fpn.__version__}\n" in metadata
-    wanted = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
-    assert set(wanted) == {"keras", "tensorflow", "numpy", "h5py", "ml-dtypes"}
+    required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
+    assert set(required) == {"keras", "tensorflow", "numpy", "h5py", "ml-dtypes"}
+    extras = re.findall(r"^Provides-Extra: (\w+)$", metadata, re.MULTILINE)
+    assert set(extras) == {"gpu", "training", "export", "test"}
 
 
 def test_the_installed_package_detects_and_imports_nothing_that_it_does_not_need(installed):
     """With every extra made impossible to import."""
     code = f"""
-import importlib.abc, os
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {(*EXTRAS, "PIL")}:
-            raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
+{REFUSE_EXTRAS}
 import numpy, keras_fpn
 assert keras_fpn.__file__.startswith({str(installed)!r}), keras_fpn.__file__
-model = keras_fpn.build_fpn_faster_rcnn(num_classes=2, backbone="resnet18", pyramid_channels=8,
-                                        head_hidden_dim=8, rpn_pre_nms=9, rpn_post_nms=9)
+model = keras_fpn.build_fpn_faster_rcnn(
+    num_classes=2, backbone="resnet18", pyramid={{"channels": 8}}, box_head={{"hidden_dim": 8}},
+    proposals={{"pre_nms": 9, "post_nms": 9}})
 (found,) = keras_fpn.detect(model, numpy.zeros((40, 50, 3), "uint8"), shorter_edge=40)
 print(keras_fpn.__version__, sorted(found))
 """
@@ -95,16 +113,62 @@ def test_importing_it_imports_no_data_set_library_evaluator_or_plotting_library(
     assert not set(EXTRAS) & set(run.stdout.split())
 
 
-@pytest.mark.parametrize("program", ["train", "evaluate"])
-def test_a_program_says_what_to_install(program):
-    code = f"""
-import importlib.util, runpy
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name in {TRAINING} else find(name, *a)
-sys.argv = ["{program}.py", "--help"]
-runpy.run_path("training/{program}.py", run_name="__main__")
-"""
-    run = python("exec(sys.argv[1])", ROOT, code)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_says_what_to_install(installed, program):
+    code = f"{REFUSE_EXTRAS}\nfrom keras_fpn.runs.command import main; main([{program!r}])"
+    run = python("exec(sys.argv[1])", installed, code)
     assert run.returncode == 1
-    assert run.stderr.startswith("error: tensorflow_datasets and ")
-    assert "pip install '.[training]'" in run.stderr
+    assert run.stderr.startswith("error: tyro ")
+    assert all(module in run.stderr for module in PROGRAMS[program][1])
+    assert "pip install 'keras-fpn[training]'" in run.stderr
+
+
+def command(installed, *arguments):
+    """Runs `keras-fpn`, and prints which of the slow libraries it imported."""
+    code = f"""
+import atexit, sys
+slow = {{"keras", "tensorflow", "tensorflow_datasets", "jax", "matplotlib"}}
+atexit.register(lambda: print("IMPORTED", slow & set(sys.modules)))
+from keras_fpn.runs.command import main
+main({list(arguments)})
+"""
+    return python("exec(sys.argv[1])", installed, code)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_comes_before_keras_is_imported(installed, program):
+    run = command(installed, program, "--help")
+    assert run.returncode == 0, run.stderr
+    assert f"usage: keras-fpn {program}" in run.stdout
+    assert run.stdout.endswith("IMPORTED set()\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "--dataset=x", "--output=y", "--epochs", "many"], "many"),
+        (["train", "--dataset=x", "--output=y", "--proposals.post-nmss", "3"], "post-nmss"),
+        (["predict", "a.jpg", "--model=x"], "--output"),
+        (["tran"], "tran"),
+        ([], "PROGRAM"),
+    ],
+)
+def test_a_typing_error_is_answered_before_keras_is_imported(installed, arguments, named):
+    run = command(installed, *arguments)
+    assert run.returncode == 2
+    assert named in run.stdout + run.stderr
+    assert run.stdout.endswith("IMPORTED set()\n")
+
+
+def test_a_checkout_has_the_same_programs():
+    assert {path.stem for path in (ROOT / "training").glob("*.py")} == set(PROGRAMS)
+    run = subprocess.run(
+        [sys.executable, ROOT / "training" / "export.py", "--help"], capture_output=True, text=True
+    )
+    assert "usage: keras-fpn export" in run.stdout
+
+
+def test_help_lists_the_programs(installed):
+    run = command(installed, "--help")
+    assert all(program in run.stdout for program in PROGRAMS)
+    assert run.stdout.endswith("IMPORTED set()\n")

@@ -164,6 +164,10 @@ class TestTargets:
         check(np.zeros((2, 0, 4)), np.zeros((2, 0)))
         check(np.array(BOXES) / 70, box_format="rel_xyxy")
 
+    def test_optional_fields_of_the_pipeline_are_accepted(self):
+        optional = dict.fromkeys(("image_ids", "masks", "proposals"), np.zeros(2))
+        check_targets(targets(**optional), IMAGES.shape, None, 3, "xyxy")
+
     def test_padding_rows_hold_anything(self):
         check([[[np.nan] * 4, [9, 9, 3, 3]], [[-500, 0, 900, 1], [0, 0, 0, 0]]], [[-1, -1]] * 2)
 
@@ -171,7 +175,7 @@ class TestTargets:
         check([[[-0.5, -1, 60.5, 41]], [[0, 0, 60, 40]]], [[0], [0]])
 
     @pytest.mark.parametrize(
-        "keys", [{"boxes"}, {"boxes", "classes"}, {"boxes", "labels", "masks"}]
+        "keys", [{"boxes"}, {"boxes", "classes"}, {"boxes", "labels", "keypoints"}]
     )
     def test_the_keys_are_fixed(self, keys):
         targets = dict.fromkeys(keys, np.zeros((2, 1, 4)))

@@ -235,8 +235,8 @@ def _check_images_exist(image_dir: pathlib.Path, file_names: list[str]) -> None:
 
 def _annotated_size(image: dict, image_dir: pathlib.Path) -> tuple[int, int]:
     """Returns the annotated height and width, else those in the file's header, else (0, 0)."""
-    size = (image.get("height"), image.get("width"))
-    if all(type(number) is int and number > 0 for number in size):
-        return size
+    height, width = image.get("height"), image.get("width")
+    if type(height) is int and type(width) is int and height > 0 and width > 0:
+        return height, width
     height, width = read_image_size(tf.io.read_file(str(image_dir / image["file_name"])))[0].numpy()
     return height, width

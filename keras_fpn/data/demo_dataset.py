@@ -86,6 +86,7 @@ class KerasFpnShapes(tfds.core.GeneratorBasedBuilder):
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Makes the data set from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

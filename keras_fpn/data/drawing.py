@@ -4,9 +4,12 @@ import colorsys
 import io
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _DARK, _LIGHT = (0, 0, 0), (255, 255, 255)
 _LONGEST_NAME = 32  # Characters; longer names end in an ellipsis.
@@ -19,7 +22,7 @@ def draw_detections(
     detections: Mapping[str, np.ndarray],
     class_names: Sequence[str] | None = None,
     score_threshold: float = 0.5,
-):
+) -> "Image.Image":
     """Draws the boxes of one image with class names and scores.
 
     Each class has the same color in every image. Lines have a dark and a light border and labels
@@ -54,7 +57,7 @@ def draw_detections(
     picture = _rgb_picture(image)
     boxes, scores, labels = _drawn_rows(detections, score_threshold)
     line = max(1, round(min(picture.size) / 240))
-    font = ImageFont.load_default(size=max(_SMALLEST_FONT, round(min(picture.size) / 34)))
+    font: Any = ImageFont.load_default(size=max(_SMALLEST_FONT, round(min(picture.size) / 34)))
     margin = max(2, line)
     texts = [
         _fitting_text(
@@ -86,14 +89,13 @@ def draw_detections(
             if line > 1 and rim[0] < rim[2] and rim[1] < rim[3]:
                 draw.rectangle(rim, outline=color)
         draw.rectangle((x1, y1, x2, y2), outline=colors[row], width=line)
-    rows = [row for row in rows if places[row] is not None]
-    for row in rows:
-        ends = _leader(places[row], corners[row])
+    placed = [(row, place) for row in rows if (place := places[row]) is not None]
+    for row, place in placed:
+        ends = _leader(place, corners[row])
         if ends is not None:
             draw.line(ends, fill=_DARK, width=line + 2)
             draw.line(ends, fill=colors[row], width=line)
-    for row in rows:
-        left, top, right, bottom = places[row]
+    for row, (left, top, right, bottom) in placed:
         draw.rectangle((left, top, right - 1, bottom - 1), fill=colors[row], outline=_DARK)
         draw.text((left + margin, top + 1), texts[row], fill=_ink(colors[row]), font=font)
     return picture
@@ -174,7 +176,8 @@ def _class_color(label: int) -> tuple[int, int, int]:
     # Golden-ratio steps keep the hues of neighboring labels far apart.
     hue = (label * 0.618034) % 1.0
     value = (1.0, 0.8, 0.9)[label % 3]
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.85, value))
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _ink(color: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -105,9 +105,10 @@ def training_batches(
     Raises:
         ValueError: if an argument is out of range, or no image of the split can be trained on.
     """
-    check_int("start_step", start_step, minimum=0)
-    _check_shard(shard, num_shards)
-    if check_int("batch_size", batch_size) % num_shards:
+    start_step = check_int("start_step", start_step, minimum=0)
+    batch_size = check_int("batch_size", batch_size)
+    shard, num_shards = _checked_shard(shard, num_shards)
+    if batch_size % num_shards:
         raise ValueError(
             f"`batch_size` must be a multiple of `num_shards`; received {batch_size} and "
             f"{num_shards}."
@@ -123,7 +124,7 @@ def training_batches(
     )
 
     def is_trainable(record: Record) -> tf.Tensor:
-        return tf.constant(True) if keep_empty_images else record["labels"][0] >= 0
+        return _is_readable(record) & (keep_empty_images | (record["labels"][0] >= 0))
 
     def augment(key: tf.Tensor) -> Callable[[Record], Record]:
         def draw(record: Record) -> Record:
@@ -138,7 +139,7 @@ def training_batches(
         """Groups of encoded records of one pass, each of one bucket; the last may be incomplete."""
         keys = tf.random.split(key, 3)
         records = dataset.records(keys[0], shuffle_buffer)
-        records = _map(records, augment(keys[1])).filter(_is_readable).filter(is_trainable)
+        records = _map(records, augment(keys[1])).filter(is_trainable)
         # Incomplete groups are emitted in the order of their keys.
         order = tf.random.experimental.stateless_shuffle(tf.range(len(buckets)), seed=keys[2])
         return records.group_by_window(
@@ -204,7 +205,13 @@ def evaluation_batches(
         dataset: the split to evaluate on.
         batch_size: images per batch of this worker.
         shorter_edge: target length of an image's shorter edge in pixels.
-        longest_edge: see `training_batches`, also for the remaining arguments.
+        longest_edge: as in `training_batches`.
+        max_boxes: as in `training_batches`.
+        max_proposals: as in `training_batches`.
+        shard: number of this worker.
+        num_shards: number of workers.
+        aspect_ratios: as in `training_batches`.
+        report: as in `training_batches`.
 
     Returns:
         A data set of pairs `(inputs, targets)` as from `training_batches`, except that the images
@@ -216,8 +223,8 @@ def evaluation_batches(
     Raises:
         ValueError: if an argument is out of range.
     """
-    _check_shard(shard, num_shards)
-    check_int("batch_size", batch_size)
+    batch_size = check_int("batch_size", batch_size)
+    shard, num_shards = _checked_shard(shard, num_shards)
     buckets, prepare = _buckets_and_prepare(
         [shorter_edge], longest_edge, aspect_ratios, max_boxes, max_proposals, report
     )
@@ -245,10 +252,12 @@ def evaluation_batches(
     return _with_options(batches.filter(lambda inputs, _: tf.shape(inputs["images"])[0] > 0))
 
 
-def _check_shard(shard: int, num_shards: int) -> None:
-    check_int("num_shards", num_shards)
-    if check_int("shard", shard, minimum=0) >= num_shards:
+def _checked_shard(shard: int, num_shards: int) -> tuple[int, int]:
+    shard = check_int("shard", shard, minimum=0)
+    num_shards = check_int("num_shards", num_shards)
+    if shard >= num_shards:
         raise ValueError(f"`shard` must be less than num_shards={num_shards}; received {shard}.")
+    return shard, num_shards
 
 
 def _buckets_and_prepare(
@@ -260,9 +269,7 @@ def _buckets_and_prepare(
     report: SkipReport | None,
 ) -> tuple[list[tuple[int, int]], Callable[..., Record]]:
     """Validates the arguments; returns the bucket shapes, and `_prepare_record` for them."""
-    check_int("longest_edge", longest_edge)
-    check_int("max_boxes", max_boxes)
-    check_int("max_proposals", max_proposals)
+    longest_edge = check_int("longest_edge", longest_edge)
     if not shorter_edges:
         raise ValueError(f"`shorter_edges` must not be empty; received {shorter_edges!r}.")
     for edge in shorter_edges:
@@ -276,8 +283,8 @@ def _buckets_and_prepare(
     return buckets, functools.partial(
         _prepare_record,
         buckets=buckets,
-        max_boxes=max_boxes,
-        max_proposals=max_proposals,
+        max_boxes=check_int("max_boxes", max_boxes),
+        max_proposals=check_int("max_proposals", max_proposals),
         report=report,
     )
 
@@ -414,7 +421,7 @@ def _first_trainable(
     records = _map(
         dataset.records(), lambda record: prepare(record, tf.constant(False), edge, edge)
     )
-    for record in records.filter(_is_readable).filter(is_trainable):
+    for record in records.filter(is_trainable):
         if _is_whole(decode_image(record["image_bytes"]), record):
             return record
     raise ValueError(
@@ -525,7 +532,9 @@ def _rows(group: Record, indices: tf.Tensor) -> Record:
 
 def num_cores() -> int:
     """Returns the number of CPU cores available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _count(function: Callable[[tf.Tensor], tf.data.Dataset], start: int = 0) -> tf.data.Dataset:

@@ -277,8 +277,7 @@ def _check_features(name: str, features: Any) -> None:
     found = sorted(features) if hasattr(features, "keys") else [str(features)]
     objects = features["objects"] if "objects" in found else None
     object_features = getattr(objects, "feature", None)
-    has_objects = object_features is not None and {"bbox", "label"} <= set(object_features)
-    if "image" not in found or not has_objects:
+    if "image" not in found or not object_features or not {"bbox", "label"} <= set(object_features):
         raise ValueError(
             f"{name} is not a detection data set like COCO or VOC: expected features 'image' and "
             f"'objects' with 'bbox' and 'label', found {found}."

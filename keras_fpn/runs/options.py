@@ -120,7 +120,7 @@ def model_options(model: Mapping[str, Any]) -> tuple[type, type]:
         One dataclass with a field for each everyday argument of the builder, and one with a nested
         dataclass for each stage.
     """
-    recipe = dict(_flatten(model))
+    recipe = dict(flatten(model))
     fields = {}
     for name, argument in model_arguments().items():
         stage, _, last = name.rpartition(".")
@@ -151,7 +151,7 @@ def merge_model(model: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     # The builder's own None is "not given", a stage's is a value.
     given = {aliases.get(n, n) if value is None else n: value for n, value in given.items()}
     same = aliases | {of: name for name, of in aliases.items()}
-    flat = {n: value for n, value in _flatten(model) if same.get(n) not in given} | given
+    flat = {n: value for n, value in flatten(model) if same.get(n) not in given} | given
     merged = {}
     for name, value in flat.items():
         stage, _, last = name.rpartition(".")
@@ -159,7 +159,8 @@ def merge_model(model: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     return merged
 
 
-def _flatten(model: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def flatten(model: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the builder's arguments under dotted names, and their values."""
     for name, value in model.items():
         if isinstance(value, Mapping):
             yield from ((f"{name}.{argument}", x) for argument, x in value.items())

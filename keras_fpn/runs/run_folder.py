@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keras_fpn.runs.options import flatten
 from keras_fpn.runs.recipes import Recipe
 from keras_fpn.runs.run_state import checkpoints, write_text
 
@@ -50,19 +51,26 @@ def claim_run(path: str | os.PathLike, configuration: dict) -> Path | None:
         (path / ".partial-config.json").unlink(missing_ok=True)
         claim_folder(path)
         write_text(config_file, json.dumps(configuration, indent=2) + "\n")
-    ours, theirs = json.loads(json.dumps(configuration)), read_configuration(config_file)
-    for part, other in ((ours["recipe"], theirs["recipe"]), (ours, theirs)):
-        for name, value in part.items():
-            if name not in _NOT_COMPARED and value != other.get(name):
-                raise ValueError(
-                    f"{str(path)!r} holds a run with {name} {other.get(name)!r}; received "
-                    f"{value!r}. Give another --output, or resume that run with --config "
-                    f"{config_file}."
-                )
+    theirs = _compared(read_configuration(config_file))
+    ours = _compared(json.loads(json.dumps(configuration)))
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{str(path)!r} holds a run with {name} {theirs.get(name)!r}; received "
+                f"{ours.get(name)!r}. Give another --output, or resume that run with --config "
+                f"{config_file}."
+            )
     (path / "checkpoints").mkdir(exist_ok=True)
     for partial in [*path.glob(".partial-*"), *(path / "checkpoints").glob(".partial-*")]:
         partial.unlink()
     return (checkpoints(path / "checkpoints") or [None])[-1]
+
+
+def _compared(configuration: dict) -> dict:
+    """Returns what two runs must have in common to be the same run."""
+    recipe = configuration["recipe"]
+    entries = {name: x for name, x in configuration.items() if name not in _NOT_COMPARED}
+    return {**recipe, **dict(flatten(recipe.get("model", {}))), **entries, "model": None}
 
 
 def read_configuration(file: str | os.PathLike) -> dict:

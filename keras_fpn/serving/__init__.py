@@ -1,0 +1,1 @@
+"""From a trained detector to its answers: `detect`, folding, SavedModel export."""

@@ -1,4 +1,4 @@
-"""Folding of batch norms into the convolutions before them: the same function with fewer steps."""
+"""Folding of batch norms into the convolutions before them, for faster inference."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ from keras.ops import convert_to_numpy
 
 from keras_fpn.detector import Detector
 
-# In inference their statistics are constants; those of a group norm depend on the image.
+# Their statistics are constants in inference; those of a group norm depend on the image.
 FOLDABLE = ("frozen_batch_norm", "batch_norm", "sync_batch_norm")
 
 
@@ -15,15 +15,15 @@ def fold_normalization(model: Detector) -> Detector:
 
     `gamma * (W x - mean) / sqrt(variance + epsilon) + beta` is `W' x + b'` with
     `scale = gamma / sqrt(variance + epsilon)`, `W' = W * scale` and `b' = beta - mean * scale`,
-    computed in float64. Stages that do not have a method `normalized_convolutions`, such as other
-    people's backbones, and group norms are copied as they are.
+    computed in float64. Group norms, and stages without a method `normalized_convolutions`, such as
+    third-party backbones, are copied as they are.
 
     Args:
         model: the detector; it is left unchanged.
 
     Returns:
-        A detector of the same class with the same detections up to rounding. It is not meant to
-        be trained: nothing in it is frozen.
+        A detector of the same class with the same detections up to rounding. It is not meant for
+        training.
     """
     config = model.get_config()
     foldable = [

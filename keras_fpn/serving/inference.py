@@ -1,8 +1,7 @@
-"""From image files, pictures and arrays of any size to their detections."""
+"""Detection in image files, PIL images and arrays of any size."""
 
 import functools
 import itertools
-import numbers
 import os
 import sys
 import threading
@@ -15,10 +14,11 @@ import numpy as np
 
 from keras_fpn.boxes import convert_boxes
 from keras_fpn.faster_rcnn import FasterRCNN
+from keras_fpn.validation import check_int, check_pixels
 
-# A progress bar shows by itself where there are more batches.
+# With more batches than this, verbose="auto" shows a progress bar.
 _FEW_BATCHES = 3
-# A PIL image reads its file when its pixels are first asked for, in one thread at a time.
+# A PIL image reads its file when its pixels are first accessed, which is not thread-safe.
 _PIL_LOCK = threading.Lock()
 
 
@@ -34,50 +34,47 @@ def detect(
 ) -> list[dict[str, np.ndarray]]:
     """Detects objects in images of any size and kind.
 
-    An image is resized as in training: to `shorter_edge`, unless its longer edge would be longer
-    than `longest_edge`. Images of a similar shape share a batch, and files are decoded one batch
-    ahead of the model: thousands of paths take the memory of two batches. Where every new shape
-    means compiling (XLA, JAX), batches are padded to one of four shapes.
+    An image is resized as in training: its shorter edge to `shorter_edge`, or less if its longer
+    edge would exceed `longest_edge`. Images of similar shape share a batch, and files are decoded
+    one batch ahead of the model, so that thousands of paths take the memory of two batches. If
+    every new shape is compiled (XLA, JAX), batches are padded to one of four shapes.
 
-    TensorFlow decodes and resizes, on every backend. The orientation that a camera notes beside the
-    pixels (EXIF) is not applied: it is not in training either.
+    TensorFlow decodes and resizes, on every backend. The EXIF orientation is not applied, as in
+    training.
 
     Args:
         model: the detector.
-        images: one image or a sequence of images, kinds and sizes mixed. An image is a path; the
-            bytes of a JPEG, PNG, GIF, BMP or WebP file; a PIL image; or an array of pixels in
-            0..255, `[height, width, 3]` RGB or `[height, width]` grey. An array `[batch, height,
-            width, 3]` is a sequence of images.
-        batch_size: images that the model sees at a time, at most.
-        shorter_edge: wanted length of the shorter edge, in pixels.
-        longest_edge: limit of the longer edge, in pixels.
-        score_threshold: detections from this score on are returned; None for all that the model
-            gives, which has a threshold of its own.
-        verbose: 1 shows a progress bar, 0 none; "auto" shows one for more than three batches.
+        images: one image or a sequence of images, of any mixture of kinds and sizes. An image is a
+            path; the bytes of a JPEG, PNG, GIF, BMP or WebP file; a PIL image; or an array of
+            pixels in 0..255, `[height, width, 3]` RGB or `[height, width]` gray. An array `[batch,
+            height, width, 3]` is a sequence of images.
+        batch_size: largest number of images in a batch. Defaults to 4.
+        shorter_edge: target length of the shorter edge, in pixels. Defaults to 800.
+        longest_edge: limit of the longer edge, in pixels. Defaults to 1333.
+        score_threshold: detections with a score above this are returned. Defaults to None, all that
+            the model returns, which has a threshold of its own.
+        verbose: 1 shows a progress bar, 0 none; "auto", the default, shows one for more than three
+            batches.
 
     Returns:
         For each image, in the order given, `{"boxes": float32 [N, 4], "scores": float32 [N],
         "labels": int32 [N]}`, sorted by score, without padding rows. Boxes are `xyxy` in pixels of
-        the image as it was given, whatever `bounding_box_format` the model has.
+        the original image, whatever `bounding_box_format` the model has.
 
     Raises:
-        FileNotFoundError: a path is no file. All are looked at before the model runs.
-        ValueError: a file cannot be read, or an array is no image; the sentence says which. All
-            headers are read before the model runs; damage behind a header shows when the batch of
-            the file is decoded.
-        TypeError: something is neither path, bytes, picture nor array of numbers.
+        FileNotFoundError: if a path is not a file; all are checked before the model runs.
+        ValueError: if a file cannot be read or an array is not an image, naming which. All headers
+            are read before the model runs; damage after the header is found when the batch of the
+            file is decoded.
+        TypeError: if an image is neither a path, bytes, a PIL image nor an array of numbers.
     """
     if not isinstance(model, FasterRCNN):
-        raise TypeError(f"`model` is a FasterRCNN; received {type(model).__name__}.")
-    for name, value in (
-        ("batch_size", batch_size),
-        ("shorter_edge", shorter_edge),
-        ("longest_edge", longest_edge),
-    ):
-        if not isinstance(value, numbers.Integral) or value < 1:
-            raise ValueError(f"`{name}` is a whole number from 1 on; received {value!r}.")
+        raise TypeError(f"`model` must be a FasterRCNN; received {type(model).__name__}.")
+    batch_size = check_int("batch_size", batch_size)
+    shorter_edge = check_int("shorter_edge", shorter_edge)
+    longest_edge = check_int("longest_edge", longest_edge)
     if verbose not in ("auto", 0, 1):
-        raise ValueError(f"`verbose` is 'auto', 0 or 1; received {verbose!r}.")
+        raise ValueError(f"`verbose` must be 'auto', 0 or 1; received {verbose!r}.")
     images = _as_list(images)
     if not images:
         return []
@@ -118,23 +115,23 @@ def detect(
     return results
 
 
-# === What is an image ===
+# === Kinds of images ===
 
 
 def _as_list(images: Any) -> list:
-    if isinstance(images, (str, os.PathLike, bytes)) or _is_picture(images):
+    if isinstance(images, (str, os.PathLike, bytes)) or _is_pil_image(images):
         return [images]
     if _is_array(images):
         return [images] if len(images.shape) in (2, 3) else list(images)
     if isinstance(images, dict) or not hasattr(images, "__iter__"):
         raise TypeError(
-            "Images are paths, bytes of files, PIL images or arrays, one or a sequence; received "
-            f"{type(images).__name__}."
+            "`images` must be a path, bytes of a file, a PIL image or an array, or a sequence of "
+            f"these; received {type(images).__name__}."
         )
     return list(images)
 
 
-def _is_picture(image: Any) -> bool:
+def _is_pil_image(image: Any) -> bool:
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(image, pillow.Image)
 
@@ -148,12 +145,12 @@ def _is_path(image: Any) -> bool:
 
 
 def _name(image: Any, row: int) -> str:
-    """How errors name an image."""
+    """Returns the name of an image in errors."""
     return f"image {row} ({os.fspath(image)!r})" if _is_path(image) else f"image {row}"
 
 
 def _content(image: Any) -> bytes:
-    """The bytes of an image that is a file."""
+    """Returns the contents of a file, given by its path or as bytes."""
     if isinstance(image, bytes):
         return image
     with open(image, "rb") as file:
@@ -161,10 +158,10 @@ def _content(image: Any) -> bytes:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """Float32 `[height, width, 3]` of a PIL image or an array."""
-    if _is_picture(image):
+    """Returns a PIL image or an array as float32 `[height, width, 3]`."""
+    if _is_pil_image(image):
         with _PIL_LOCK:
-            # Pillow itself would cut 16 bits off at 255.
+            # Pillow itself would clip 16-bit pixels to 255.
             is_deep = image.mode.startswith("I;16")
             image = np.asarray(image) / 257 if is_deep else np.asarray(image.convert("RGB"))
     elif keras.ops.is_tensor(image):
@@ -177,10 +174,10 @@ def _pixels(image: Any) -> np.ndarray:
 
 
 def _sizes(images: list, threads: ThreadPoolExecutor) -> np.ndarray:
-    """Height and width of every image, int32 `[N, 2]`, without decoding a file.
+    """Returns the height and width of every image, int32 `[N, 2]`, without decoding files.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: as `detect` does, for all images at once.
+        FileNotFoundError, ValueError, TypeError: see `detect`; errors name all such images.
     """
     names = [_name(image, row) for row, image in enumerate(images)]
     is_missing = [_is_path(image) and not os.path.isfile(image) for image in images]
@@ -201,24 +198,22 @@ def _sizes(images: list, threads: ThreadPoolExecutor) -> np.ndarray:
 
 
 def _size(image: Any, name: str) -> tuple:
-    """Height and width of an image, and what is wrong with it."""
+    """Returns the height and width of an image, and its problem, empty if there is none."""
     if _is_path(image) or isinstance(image, bytes):
         size, problem = _graph_functions()["read_size"](_content(image))
         return size.numpy(), problem.numpy().decode()
-    if _is_picture(image):
+    if _is_pil_image(image):
         return (image.height, image.width), ""
     if not _is_array(image):
         raise TypeError(
-            f"An image is a path, bytes of a file, a PIL image or an array; {name} is of type "
+            f"{name} must be a path, bytes of a file, a PIL image or an array; received "
             f"{type(image).__name__}."
         )
-    dtype = getattr(image.dtype, "name", str(image.dtype)).removeprefix("torch.")
-    if not dtype.startswith(("float", "bfloat", "uint", "int")):
-        raise TypeError(f"Pixels are numbers in 0..255; {name} has dtype {dtype}.")
+    check_pixels(name, image)
     shape = tuple(image.shape)
     if len(shape) not in (2, 3) or 0 in shape or shape[2:] not in ((), (3,)):
         return (0, 0), (
-            f"an array of shape {shape}; [height, width, 3] or [height, width] is wanted"
+            f"must be [height, width, 3] or [height, width]; received an array of shape {shape}"
         )
     return shape[:2], ""
 
@@ -232,7 +227,7 @@ def _listed(names: Any) -> str:
 def _batches(
     model: FasterRCNN, resized: np.ndarray, shorter_edge: int, longest_edge: int, batch_size: int
 ) -> list[tuple[np.ndarray, tuple[int, int]]]:
-    """Which images make up a batch, and height and width of the batch."""
+    """Returns the rows of the images of each batch, and the height and width of the batch."""
     from keras_fpn.data.image_files import bucket_shapes
 
     fixed = model.image_shape[:2]
@@ -240,9 +235,9 @@ def _batches(
     if None not in fixed:
         if (resized > fixed).any():
             raise ValueError(
-                f"The model was built for images of shape {model.image_shape}; with shorter_edge "
-                f"{shorter_edge} and longest_edge {longest_edge} an image is resized to "
-                f"{resized[(resized > fixed).any(axis=1)][0].tolist()}."
+                f"Images must fit the shape {model.image_shape} that the model was built for; with "
+                f"shorter_edge={shorter_edge} and longest_edge={longest_edge}, received one that "
+                f"is resized to {resized[(resized > fixed).any(axis=1)][0].tolist()}."
             )
         shapes = np.array([fixed])
     is_compiled = model.jit_compile and not model.run_eagerly
@@ -253,7 +248,7 @@ def _batches(
         rows = order[shape_of[order] == number]
         for start in range(0, len(rows), batch_size):
             if is_compiled:
-                # A smaller last batch would be compiled too: a few images are seen twice instead.
+                # A smaller last batch would be compiled too; repeat a few images instead.
                 start = min(start, max(len(rows) - batch_size, 0))
             members = rows[start : start + batch_size]
             if not is_compiled and None in fixed:
@@ -263,7 +258,7 @@ def _batches(
 
 
 def _one_ahead(start: Callable, batches: list) -> Iterator:
-    """`start(batch)` of each batch, the next one started when one is handed out."""
+    """Yields `start(batch)` of each batch after starting the next."""
     started = None
     for batch in batches:
         following = start(batch)
@@ -278,7 +273,7 @@ def _one_ahead(start: Callable, batches: list) -> Iterator:
 
 @functools.cache
 def _graph_functions() -> dict[str, Callable]:
-    """TensorFlow's part, traced once for all sizes, on the CPU whatever else is there."""
+    """Returns TensorFlow's functions, traced once for all sizes, and run on the CPU."""
     import tensorflow as tf
 
     from keras_fpn.data.image_files import read_image, read_image_size, resize_image, resized_size
@@ -309,7 +304,7 @@ def _graph_functions() -> dict[str, Callable]:
 
 
 def _resized_pixels(image: Any, name: str, size: np.ndarray) -> np.ndarray:
-    """Float32 `[*size, 3]` of any image."""
+    """Returns an image of any kind resized to `size`, float32 `[height, width, 3]`."""
     if _is_path(image) or isinstance(image, bytes):
         pixels, problem = _graph_functions()["read_resized"](_content(image), size)
         problem = problem.numpy().decode()
@@ -320,7 +315,7 @@ def _resized_pixels(image: Any, name: str, size: np.ndarray) -> np.ndarray:
 
 
 def _to_xyxy(model: FasterRCNN, detections: dict, image_sizes: np.ndarray) -> dict:
-    """Detections of a batch as arrays, boxes as `xyxy` pixels of the batch."""
+    """Returns the detections of a batch as arrays, boxes as `xyxy` pixels of the batch."""
     boxes = convert_boxes(detections["boxes"], model.bounding_box_format, "xyxy", image_sizes)
     return {
         "boxes": keras.ops.convert_to_numpy(boxes),
@@ -332,10 +327,10 @@ def _to_xyxy(model: FasterRCNN, detections: dict, image_sizes: np.ndarray) -> di
 def _own_detections(
     detections: dict, resized: np.ndarray, size: np.ndarray, score_threshold: float | None
 ) -> dict:
-    """Detections of one image in its own pixels, without padding."""
+    """Returns the detections of one image in its original pixels, without padding rows."""
     real = detections["labels"] >= 0
     if score_threshold is not None:
-        real &= detections["scores"] >= score_threshold
+        real &= detections["scores"] > score_threshold
     edges = np.tile(size[::-1], 2)
     boxes = detections["boxes"][real] * (edges / np.tile(resized[::-1], 2))
     return {

@@ -1,4 +1,4 @@
-"""From a detector to what TensorFlow Serving answers with: files or pixels in, boxes out."""
+"""Export as a SavedModel for TensorFlow Serving: from files or pixels to boxes."""
 
 import contextlib
 import json
@@ -14,12 +14,13 @@ import numpy as np
 
 from keras_fpn.faster_rcnn import FasterRCNN
 from keras_fpn.serving.folding import fold_normalization
+from keras_fpn.validation import check_choice, check_int
 
-_PARALLEL_IMAGES = 8  # Images of a request that are decoded at a time.
-_WARM_UP_IMAGE = (60, 80)  # Height and width, in the most frequent ratio of a camera's edges.
+_PARALLEL_IMAGES = 8  # Images of a request that are decoded in parallel.
+_WARM_UP_IMAGE = (60, 80)  # Height and width, in the most common aspect ratio of cameras.
 _BATCHING_PARAMETERS = """\
-# For --enable_batching, with requests of the signature `encoded_images`: a batch of `images` would
-# have to be of one size. See examples/serving/README.md.
+# For --enable_batching, with requests to the signature `encoded_images`: all `images` of a batch
+# would have to be of one size. See examples/serving/README.md.
 max_batch_size { value: 4 }
 batch_timeout_micros { value: 5000 }
 max_enqueued_batches { value: 64 }
@@ -38,73 +39,73 @@ def export_saved_model(
     class_names: Sequence[str] | None = None,
     warm_up: bool = True,
 ) -> None:
-    """Writes a SavedModel that answers in TensorFlow Serving, or with TensorFlow alone.
+    """Exports a SavedModel that TensorFlow Serving, or TensorFlow alone, can run.
 
-    Two signatures hold everything from the file to the detections:
+    Two signatures contain everything from the file to the detections:
 
     - `serving_default`: `images`, uint8 `[batch, height, width, 3]` RGB of any size;
-    - `encoded_images`: `image_bytes`, string `[batch]`, the contents of JPEG, PNG, GIF (its first
-      frame), BMP or still WebP files, of different sizes in one request. A file that cannot be read
-      is an InvalidArgumentError that names its position; one whose header claims more than
+    - `encoded_images`: `image_bytes`, string `[batch]`, the contents of JPEG, PNG, GIF (first
+      frame), BMP or still WebP files, whose sizes may differ within a request. A file that cannot
+      be read is an InvalidArgumentError that names its position; one whose header claims more than
       `keras_fpn.data.image_files.MAX_PIXELS` is refused before it is decoded.
 
-    An image is resized as `detect` does it, and images of a request are padded to the largest of
-    them (or to the shape that the model was built for): a single image has the detections that
-    `model.predict` gives for the resized image.
+    Images are resized as by `detect`, and padded to the largest of their request (or to the shape
+    that the model was built for): a single image gets the detections that `model.predict` returns
+    for the resized image.
 
     Both signatures return, with D the model's `max_detections`:
 
     - `detection_boxes`: float32 `[batch, D, 4]`, `ymin, xmin, ymax, xmax` relative to the height
-      and width of the caller's own image, within 0..1;
-    - `detection_scores`: float32 `[batch, D]`, in falling order;
-    - `detection_classes`: float32 `[batch, D]`, the model's labels 0..num_classes-1. Clients of
-      TensorFlow's object detection models read floats here;
-    - `detection_class_names`: string `[batch, D]`, where `class_names` are given;
-    - `num_detections`: float32 `[batch]`, how many rows of an image are detections. The rows behind
-      them are zeros (and empty names), a class of 0 among them.
+      and width of the original image, within 0..1;
+    - `detection_scores`: float32 `[batch, D]`, in descending order;
+    - `detection_classes`: float32 `[batch, D]`, the model's labels 0..num_classes-1; float as
+      clients of TensorFlow's object detection models expect;
+    - `detection_class_names`: string `[batch, D]`, if `class_names` are given;
+    - `num_detections`: float32 `[batch]`, the number of rows that are detections. The rows after
+      them are padding: zeros, also as class, and empty names.
 
     Batch norms are folded into convolutions. Beside `path`, in the folder of the model, a
-    `model.config` and a `batching_parameters.txt` for the server are written where there are none.
+    `model.config` and a `batching_parameters.txt` for the server are written unless they exist.
 
     Args:
         model: the detector; it is left unchanged.
-        path: a new folder, `models/detector/1`: the server knows the model `detector` by versions
-            with numbers for names. It appears under this name when it is complete.
-        shorter_edge: length to which the shorter edge of an image is resized, in pixels.
-        longest_edge: limit of the longer edge, in pixels; the shorter one gives way to it.
-        frozen: whether weights are constants of the graph, or variables in files of their own.
-            With constants an answer takes some percent less time, and loading takes several times
-            the time and twice the memory.
-        precision: "float32", or "bfloat16" for weights and features (half the size, and faster
-            where the hardware has it); box arithmetic is float32 in both.
-        class_names: the name of every label, `model.class_names` for instance, for the output
-            `detection_class_names`.
-        warm_up: whether `assets.extra` gets a request for each signature, which the server answers
-            before it is ready, so that no client waits for the first answer.
+        path: a new folder, such as `models/detector/1`: the server expects numbered versions in the
+            folder of a model. It appears under this name once it is complete.
+        shorter_edge: target length of the shorter edge, in pixels. Defaults to 800.
+        longest_edge: limit of the longer edge, in pixels, which takes precedence. Defaults to 1333.
+        frozen: whether weights are constants of the graph rather than variables in files of their
+            own. Constants make inference a few percent faster; loading takes several times as long
+            and twice the memory. Defaults to False.
+        precision: "float32" (the default), or "bfloat16" for weights and features: half the size,
+            and faster on hardware that supports it. Box arithmetic is float32 in both.
+        class_names: name of every label, such as `model.class_names`, for the output
+            `detection_class_names`. Defaults to None, without that output.
+        warm_up: whether `assets.extra` contains a request to each signature, which the server runs
+            before it reports itself ready, so that no client waits for tracing. Defaults to True.
 
     Raises:
         NotImplementedError: on another backend than TensorFlow.
-        TypeError: `model` is no `FasterRCNN`.
-        ValueError: an argument is out of range, or the images would not fit in the shape that the
-            model was built for.
-        FileExistsError: there is something at `path`.
+        TypeError: if `model` is not a `FasterRCNN`.
+        ValueError: if an argument is out of range, or resized images would not fit in the shape
+            that the model was built for.
+        FileExistsError: if `path` exists.
     """
     if keras.backend.backend() != "tensorflow":
         raise NotImplementedError(
-            "export_saved_model() needs the TensorFlow backend; this is the "
-            f"{keras.backend.backend()} backend. A model saved with model.save() loads on either."
+            "export_saved_model() needs the TensorFlow backend, on which a .keras file of any "
+            f"backend loads; received the {keras.backend.backend()} backend."
         )
     _check_arguments(model, shorter_edge, longest_edge, precision, class_names)
     path = Path(os.path.abspath(path))
     if os.path.lexists(path):
         raise FileExistsError(
-            f"A new folder is wanted, so that nothing is overwritten; {str(path)!r} already exists."
+            f"`path` must be a new folder; received {str(path)!r}, which already exists."
         )
     is_version = path.name.isascii() and path.name.isdigit()
     if not is_version:
         warnings.warn(
-            "TensorFlow Serving finds versions of a model by their numbers, as in "
-            f"'models/detector/1'; it will not find {str(path)!r}.",
+            "TensorFlow Serving loads versions of a model by their numbers, as in "
+            f"'models/detector/1'; it will not load {str(path)!r}.",
             stacklevel=2,
         )
     with _appears_complete(path) as folder:
@@ -120,25 +121,23 @@ def export_saved_model(
 
 def _check_arguments(model, shorter_edge, longest_edge, precision, class_names):
     if not isinstance(model, FasterRCNN):
-        raise TypeError(f"`model` is a FasterRCNN; received {type(model).__name__}.")
-    for name, value in (("shorter_edge", shorter_edge), ("longest_edge", longest_edge)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` is a whole number from 1 on; received {value!r}.")
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"`precision` is 'float32' or 'bfloat16'; received {precision!r}.")
+        raise TypeError(f"`model` must be a FasterRCNN; received {type(model).__name__}.")
+    check_int("shorter_edge", shorter_edge)
+    check_int("longest_edge", longest_edge)
+    check_choice("precision", precision, ("float32", "bfloat16"))
     if class_names is not None and (
         isinstance(class_names, str)
         or len(class_names) != model.num_classes
         or not all(isinstance(name, str) for name in class_names)
     ):
         raise ValueError(
-            f"`class_names` has a name for each of the {model.num_classes} classes; received "
-            f"{class_names!r}."
+            f"`class_names` must have one name for each of the {model.num_classes} classes; "
+            f"received {class_names!r}."
         )
     if any(edge is not None and edge < longest_edge for edge in model.image_shape[:2]):
         raise ValueError(
-            f"The model was built for images of shape {tuple(model.image_shape)}; with "
-            f"longest_edge={longest_edge} an image can be {longest_edge} pixels high or wide."
+            f"`longest_edge` must fit the image shape {tuple(model.image_shape)} that the model "
+            f"was built for; received {longest_edge}."
         )
 
 
@@ -146,9 +145,9 @@ def _check_arguments(model, shorter_edge, longest_edge, precision, class_names):
 
 
 def _inference_copy(model: FasterRCNN, precision: str) -> FasterRCNN:
-    """The detector with folded norms, features in `precision`, and boxes as the outputs have them.
+    """Returns the detector with folded norms, features in `precision`, and relative boxes.
 
-    Relative to the resized image is relative to the caller's own.
+    Boxes relative to the resized image are relative to the original image as well.
     """
     folded = fold_normalization(model)
     config = folded.get_config()
@@ -162,7 +161,7 @@ def _inference_copy(model: FasterRCNN, precision: str) -> FasterRCNN:
 
 
 def _with_policy(config, policy: dict):
-    """A serialized layer or model in which every layer has the given dtype policy."""
+    """Returns the config of a layer or model with the dtype policy of every layer replaced."""
     if isinstance(config, dict):
         if config.get("class_name") == "DTypePolicy":
             return policy
@@ -182,7 +181,7 @@ def _signatures(
     frozen: bool,
     class_names: Sequence[str] | None,
 ) -> dict:
-    """The function of each signature, traced for all sizes at once."""
+    """Returns the function of each signature, traced once for all sizes."""
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
@@ -207,13 +206,13 @@ def _signatures(
         found = model({"images": images, "image_sizes": image_sizes}, training=False)
         return [found[name] for name in ("boxes", "scores", "labels", "num_detections")]
 
-    # One function that both signatures call, so that the weights are stored once.
+    # Both signatures call one function, so that the weights are stored once.
     detect = detect.get_concrete_function()
     if frozen:
         detect = convert_variables_to_constants_v2(detect, lower_control_flow=False)
 
     def answer(images, image_sizes):
-        """The outputs of a batch of resized images."""
+        """Returns the outputs for a batch of resized images."""
         boxes, scores, labels, count = detect(images, image_sizes)
         rows = model.detections.max_detections
         outputs = {
@@ -239,7 +238,7 @@ def _signatures(
         return answer(resize_image(images, size), tf.tile(size[None], [shape[0], 1]))
 
     def assert_readable(problems):
-        """An op that fails where one of the `problems`, a string for each image, is not empty."""
+        """Returns an op that fails if any of `problems`, one string per image, is not empty."""
         rows = tf.where(tf.not_equal(problems, ""))[:, 0]
         named = tf.strings.join(
             ["image_bytes[", tf.strings.as_string(rows), "]: ", tf.gather(problems, rows)]
@@ -263,7 +262,7 @@ def _signatures(
             files = tf.identity(image_bytes)
         text = tf.TensorSpec([], tf.string)
         sizes, problems = for_each(read_image_size, files, (tf.TensorSpec([2], tf.int32), text))
-        # Nothing is decoded before all headers are found to be good.
+        # Nothing is decoded before all headers have been checked.
         with tf.control_dependencies([assert_readable(problems)]):
             sizes = resized_size(sizes, shorter_edge, longest_edge)
         height, width = tf.unstack(tf.reduce_max(sizes, axis=0))
@@ -302,9 +301,9 @@ def _signatures(
 
 @contextlib.contextmanager
 def _appears_complete(path: Path):
-    """A folder to write to that gets its name `path` when all went well, and is gone otherwise.
+    """Yields a folder that is renamed to `path` on success, and removed on failure.
 
-    A server that watches the folder above never sees a part of a model: this name is no number.
+    Its temporary name is not a number, so that a server never loads an incomplete version.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.parent / f".{path.name}.{secrets.token_hex(4)}"
@@ -312,7 +311,7 @@ def _appears_complete(path: Path):
     try:
         yield folder
         if os.path.lexists(path):
-            raise FileExistsError(f"{str(path)!r} came into being meanwhile.")
+            raise FileExistsError(f"{str(path)!r} was created in the meantime.")
         folder.rename(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -323,13 +322,13 @@ def _save(signatures: dict, variables: Sequence[keras.Variable], folder: Path) -
 
     module = tf.Module()
     module.weights = [variable.value for variable in variables]
-    # Nothing is trained there; and gradients that capture a tensor cannot be saved.
+    # Gradients are not needed, and custom ones that capture a tensor cannot be saved.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
     tf.saved_model.save(module, str(folder), signatures, options)
 
 
 def _model_config(folder: Path) -> str:
-    """A `ModelServerConfig` of one model in protobuf's text format; the server wants full paths."""
+    """Returns a `ModelServerConfig` of one model as text; the server requires absolute paths."""
     name, base_path = (json.dumps(text, ensure_ascii=False) for text in (folder.name, str(folder)))
     return (
         "model_config_list {\n  config {\n"
@@ -347,7 +346,7 @@ def _write_where_missing(path: Path, text: str) -> None:
 
 
 def _write_warm_up_requests(folder: Path, model_name: str) -> None:
-    """A request for each signature where TensorFlow Serving looks for them."""
+    """Writes a request to each signature to the file that TensorFlow Serving reads."""
     import tensorflow as tf
 
     pixels = np.random.RandomState(0).randint(0, 256, (*_WARM_UP_IMAGE, 3)).astype("uint8")
@@ -365,9 +364,9 @@ def _write_warm_up_requests(folder: Path, model_name: str) -> None:
 
 
 def _prediction_log(model_name: str, signature: str, inputs: dict) -> bytes:
-    """A `PredictionLog` of tensorflow_serving/apis/prediction_log.proto that holds a request.
+    """Returns a request as a `PredictionLog` (tensorflow_serving/apis/prediction_log.proto).
 
-    Written by hand, for a few fields of a package that nothing else here needs.
+    It is encoded by hand, which saves a dependency on tensorflow-serving-api.
     """
     model_spec = _field(1, model_name.encode()) + _field(3, signature.encode())
     request = _field(1, model_spec)
@@ -377,7 +376,7 @@ def _prediction_log(model_name: str, signature: str, inputs: dict) -> bytes:
 
 
 def _field(number: int, content: bytes) -> bytes:
-    """A field of a protobuf message whose value is bytes, text or another message."""
+    """Returns a field of a protobuf message: bytes, text or another message."""
     length, encoded = len(content), bytearray([number << 3 | 2])
     while length >= 128:
         encoded.append(length % 128 + 128)

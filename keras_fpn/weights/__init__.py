@@ -1,0 +1,1 @@
+"""Reading weights files, and loading them into models."""

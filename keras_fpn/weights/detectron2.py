@@ -1,4 +1,4 @@
-"""Detectron2's Faster R-CNN and RPN on ResNet-FPN, by its names and its conventions."""
+"""Weights of Detectron2's Faster R-CNN and RPN on ResNet-FPN, and its conventions."""
 
 import re
 from collections.abc import Mapping
@@ -23,33 +23,34 @@ BOTTOM_UP = "backbone.bottom_up."
 RPN_HEAD = "proposal_generator.rpn_head"
 BOX_HEAD = "roi_heads.box_head"
 PREDICTOR = "roi_heads.box_predictor"
-# What state dicts hold beside weights: numbers of its configuration.
+# State dicts contain parts of the configuration beside the weights.
 BUFFERS = r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\.cell_anchors\.\d+"
 
 
 def is_detectron2(arrays: Mapping[str, np.ndarray]) -> bool:
-    """Whether the names are those of Detectron2."""
+    """Returns whether arrays have the names of Detectron2."""
     return f"{RPN_HEAD}.objectness_logits.weight" in arrays
 
 
 def detectron2_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int | None, dict]:
-    """Returns what the arrays of a model say of its make, and Detectron2's own defaults.
+    """Returns the architecture of a model, as far as its arrays tell, with Detectron2's defaults.
 
-    What no array tells follows its model zoo: ResNets stride in the 1x1 and read pixels with a
-    standard deviation of 1, ResNeXts stride in the 3x3 and read pixels divided by theirs.
+    What the arrays do not tell follows the model zoo: ResNets stride in the 1x1 convolution and
+    take pixels with a standard deviation of 1, ResNeXts stride in the 3x3 and take pixels divided
+    by their standard deviation.
 
     Returns:
         `(backbone, num_classes, stages)`: the name of the ResNet, the number of classes (None for
         an RPN alone), and stage name to arguments.
 
     Raises:
-        ValueError: if they are not those of a model on a ResNet with a feature pyramid.
+        ValueError: if the arrays are not those of a model on a ResNet with a feature pyramid.
     """
     lateral = arrays.get("backbone.fpn_lateral2.weight")
     if lateral is None or np.ndim(lateral) != 4:
         raise ValueError(
-            "Expected a Detectron2 model on a ResNet with a feature pyramid from stride 4; these "
-            "weights have no backbone.fpn_lateral2."
+            "Expected a Detectron2 model on a ResNet with a feature pyramid from stride 4; "
+            "received weights without backbone.fpn_lateral2."
         )
     blocks = tuple(
         count_names(arrays, rf"backbone\.bottom_up\.res{stage}\.\d+\.conv1\.weight")
@@ -84,7 +85,7 @@ def detectron2_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int 
         },
         "rpn_head": {"hidden_layers": len(_rpn_convolutions(arrays))},
         "anchors": {"rounded": False, "strides": (4, 8, 16, 32, 64)},
-        # Any box with an area is kept, however small.
+        # Only empty boxes are dropped.
         "proposals": {"training_post_nms": 1000, "min_size": 1e-12},
         "detections": {"min_size": 0.0},
         "roi_pooling": {"aligned": True, "sampling_ratio": None},
@@ -96,7 +97,7 @@ def detectron2_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int 
     hidden = arrays.get(f"{BOX_HEAD}.fc1.weight")
     if hidden is None or np.ndim(hidden) != 2:
         raise ValueError(
-            "Expected a box head with fully connected hidden layers; these weights have none."
+            "Expected a box head with fully connected hidden layers; received weights of none."
         )
     stages["roi_pooling"]["output_size"] = round((hidden.shape[1] / lateral.shape[0]) ** 0.5)
     stages["box_head"] = {
@@ -111,16 +112,16 @@ def detectron2_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int 
 def load_detectron2_arrays(
     model: keras.Model, arrays: Mapping[str, np.ndarray], *, with_classes: bool
 ) -> None:
-    """Loads a state dict of Detectron2; of an RPN alone, all but the box head.
+    """Loads a state dict of Detectron2; that of an RPN leaves the box head as it is.
 
     Args:
-        model: from `build_fpn_faster_rcnn`, with `detectron2_architecture`.
+        model: from `build_fpn_faster_rcnn`, with the arguments of `detectron2_architecture`.
         arrays: name to array.
-        with_classes: whether the layers whose shape depends on the classes are loaded too.
+        with_classes: whether to load the layers that depend on the classes.
 
     Raises:
-        ValueError: for names that are missing or left over, and shapes or values that do not fit;
-            nothing of the model has changed then.
+        ValueError: for missing or unexpected names, and for shapes or values that do not fit; the
+            model has not changed then.
     """
     arrays = {k: v for k, v in arrays.items() if not re.fullmatch(BUFFERS, k)}
     pyramid, head = model.pyramid, model.box_head
@@ -147,7 +148,7 @@ def load_detectron2_arrays(
             columns = {"columns": channels_last_columns(bins)} if number == 1 else {}
             plan += dense(f"{BOX_HEAD}.fc{number}", layer, **columns)
         if with_classes:
-            # The background is the last, as here.
+            # The background is the last class, as in `BoxHead`.
             plan += dense(f"{PREDICTOR}.cls_score", head.class_logits)
             plan += dense(f"{PREDICTOR}.bbox_pred", head.deltas)
         else:
@@ -160,8 +161,8 @@ def _check_anchors(cell: np.ndarray, size: int) -> None:
     sides = size * np.stack([1 / np.sqrt(ratios), np.sqrt(ratios)], axis=-1)
     if cell.shape != (3, 4) or not np.allclose(cell[:, 2:] - cell[:, :2], sides, atol=1.0):
         raise ValueError(
-            f"Detectors of Detectron2 with anchors of sizes 32 to 512 and ratios 0.5, 1 and 2 are "
-            f"read; one of these has the cell anchors {cell.tolist()} in place of size {size}."
+            f"Expected Detectron2's anchors of size {size} and aspect ratios 0.5, 1 and 2; "
+            f"received the cell anchors {cell.tolist()}."
         )
 
 
@@ -180,7 +181,7 @@ def _rpn_convolutions(arrays) -> list[str]:
 def _backbone_plan(backbone) -> list[Entry]:
     if not isinstance(backbone, ResNet):
         raise ValueError(
-            "Detectron2's weights are for its ResNets; the model's backbone is "
+            "The backbone must be a ResNet to load Detectron2's weights; received "
             f"{backbone.name!r} of type {type(backbone).__name__}."
         )
     plan = []

@@ -1,4 +1,4 @@
-"""Plans that assign arrays of a file to variables of a model, all of them or none."""
+"""Plans that assign the arrays of a file to the variables of a model: all of them, or none."""
 
 import os
 import re
@@ -11,12 +11,19 @@ import numpy as np
 from keras_fpn.resnet import STAGE_BLOCKS
 from keras_fpn.weights.checkpoints import read_checkpoint
 
-# Beside the arrays of a published file in the cache: the number that its SHA-256 begins with.
+# Key, among the arrays of a converted file in the cache, of the first digits of the original's
+# SHA-256.
 PUBLISHED = "published_sha256"
 
 
 class Entry(NamedTuple):
-    """An array's name in the file, the variable that it becomes, and how."""
+    """One array of a file.
+
+    Attributes:
+        name: its name in the file.
+        variable: variable that it is assigned to.
+        convert: function from its layout in the file to that of the variable.
+    """
 
     name: str
     variable: keras.Variable
@@ -26,10 +33,12 @@ class Entry(NamedTuple):
 def convolution(
     name: str, layer: keras.layers.Layer, order: Sequence[int] | None = None
 ) -> list[Entry]:
-    """Returns the entries of a convolution, `[out, in, height, width]` in the file.
+    """Returns the entries of a convolution, whose kernel is `[out, in, height, width]` in the file.
 
     Args:
-        order: for each output, its index in the file. Defaults to None, the same order.
+        name: prefix of the names in the file.
+        layer: the convolution.
+        order: index in the file of each output. Defaults to None, the same order.
     """
     outputs = slice(None) if order is None else order
     plan = [Entry(f"{name}.weight", layer.kernel, lambda x: x[outputs].transpose(2, 3, 1, 0))]
@@ -44,10 +53,12 @@ def dense(
     rows: Callable[[np.ndarray], np.ndarray] = lambda x: x,
     columns: Callable[[np.ndarray], np.ndarray] = lambda x: x,
 ) -> list[Entry]:
-    """The entries of a fully connected layer, `[out, in]` in the file.
+    """Returns the entries of a fully connected layer, whose kernel is `[out, in]` in the file.
 
     Args:
-        rows: picks and orders the outputs, of weight and bias.
+        name: prefix of the names in the file.
+        layer: the fully connected layer.
+        rows: selects and orders the outputs, of weight and bias.
         columns: orders the inputs of the weight.
     """
     return [
@@ -57,7 +68,7 @@ def dense(
 
 
 def normalization(name: str, layer: keras.layers.Layer) -> list[Entry]:
-    """The entries of a batch norm, with its statistics, or of a group norm."""
+    """Returns the entries of a batch norm, statistics included, or of a group norm."""
     parts = {"weight": layer.gamma, "bias": layer.beta}
     if hasattr(layer, "moving_mean"):
         parts |= {"running_mean": layer.moving_mean, "running_var": layer.moving_variance}
@@ -65,7 +76,10 @@ def normalization(name: str, layer: keras.layers.Layer) -> list[Entry]:
 
 
 def channels_last_columns(bins: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Columns of the first hidden layer: `(channel, row, column)` to `(row, column, channel)`."""
+    """Returns a function that reorders the inputs of a layer on flattened feature maps.
+
+    It turns weights `[out, channels * bins * bins]` into `[out, bins * bins * channels]`.
+    """
 
     def reorder(weight: np.ndarray) -> np.ndarray:
         outputs, inputs = weight.shape
@@ -78,17 +92,16 @@ def channels_last_columns(bins: int) -> Callable[[np.ndarray], np.ndarray]:
 def read_arrays(
     state_dict: Mapping | str | os.PathLike, source: str = "The mapping"
 ) -> dict[str, np.ndarray]:
-    """The arrays of a mapping or a file by name, without the counts of batches.
-
-    Of a training checkpoint, its entry `model` or `state_dict` is taken.
+    """Returns the arrays of a state dict by name, without `num_batches_tracked`.
 
     Args:
-        state_dict: the mapping, or the path of a file of one.
-        source: what a mapping is called in messages.
+        state_dict: a mapping, or the path of a file that contains one; of a training checkpoint,
+            its entry `model` or `state_dict` is read.
+        source: name of a mapping in errors.
 
     Raises:
-        FileNotFoundError: where the path is no file.
-        ValueError: where the file cannot be read, or is no mapping from names to arrays.
+        FileNotFoundError: if the path is not a file.
+        ValueError: if the file cannot be read, or does not map names to arrays.
     """
     if isinstance(state_dict, str | os.PathLike):
         source = repr(os.fspath(state_dict))
@@ -98,9 +111,8 @@ def read_arrays(
             state_dict = state_dict[wrapper]
     if not isinstance(state_dict, Mapping):
         raise ValueError(
-            f"{source} is wanted to map names to arrays; it is a {type(state_dict).__name__}."
+            f"{source} must map names to arrays; received a {type(state_dict).__name__}."
         )
-    # Batch norm counts its batches; no layer needs the count.
     arrays = {
         name: value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
         for name, value in state_dict.items()
@@ -109,40 +121,40 @@ def read_arrays(
     other = [str(name) for name, array in arrays.items() if array.dtype.kind in "OSU"]
     if other or not arrays:
         raise ValueError(
-            f"{source} is wanted to map names to arrays; "
-            + (f"{_shown(other)} is none." if other else "it is empty.")
+            f"{source} must map names to arrays; "
+            + (f"{_shown(other)} is not an array." if other else "it is empty.")
         )
     return arrays
 
 
 def count_names(arrays: Mapping[str, np.ndarray], pattern: str) -> int:
-    """How many names match a regular expression from end to end."""
+    """Returns the number of names that fully match a regular expression."""
     return sum(re.fullmatch(pattern, name) is not None for name in arrays)
 
 
 def normalization_kind(arrays: Mapping[str, np.ndarray], name: str) -> str | None:
-    """What kind of normalisation the arrays under a name are for; None where there are none."""
+    """Returns the kind of normalization that the arrays under a name are of, or None."""
     if f"{name}.running_var" in arrays:
         return "frozen_batch_norm"
     return "group_norm" if f"{name}.weight" in arrays else None
 
 
 def resnet_name(blocks: tuple[int, ...], bottleneck: bool, kernel_shape: tuple[int, ...]) -> str:
-    """The name of a ResNet or ResNeXt by its make.
+    """Returns the name of a ResNet or ResNeXt by its architecture.
 
     Args:
-        blocks: how many residual blocks each of the four stages has.
-        bottleneck: whether a block has three convolutions, not two.
-        kernel_shape: `[out, in, 3, 3]` of the second convolution; a group's own channels are `in`.
+        blocks: number of residual blocks of each of the four stages.
+        bottleneck: whether a block has three convolutions rather than two.
+        kernel_shape: `[out, in, 3, 3]` of the second convolution; `in` is the width of a group.
 
     Raises:
-        ValueError: where there is none of that make.
+        ValueError: if no such network is known.
     """
     depths = [d for d, b in STAGE_BLOCKS.items() if b == blocks and (d >= 50) == bottleneck]
     if not depths or len(kernel_shape) != 4:
         raise ValueError(
-            f"There is no ResNet of {blocks} blocks with {3 if bottleneck else 2} convolutions "
-            "each."
+            f"Expected the weights of a ResNet; received stages of {blocks} blocks with "
+            f"{3 if bottleneck else 2} convolutions each."
         )
     width, group_width = kernel_shape[:2]
     if width == group_width:
@@ -151,18 +163,19 @@ def resnet_name(blocks: tuple[int, ...], bottleneck: bool, kernel_shape: tuple[i
 
 
 def assign(plan: Sequence[Entry], arrays: Mapping[str, np.ndarray]) -> None:
-    """Carries out a plan, unless anything does not fit.
+    """Assigns the arrays as planned, unless anything does not fit.
 
     Raises:
-        ValueError: for names that are missing or left over, and shapes or values that do not fit.
+        ValueError: for missing or unexpected names, and for shapes or values that do not fit;
+            nothing has been assigned then.
     """
-    wanted = {entry.name for entry in plan}
-    missing = sorted(wanted - set(arrays))
-    left_over = sorted(set(arrays) - wanted)
-    if missing or left_over:
+    planned = {entry.name for entry in plan}
+    missing = sorted(planned - set(arrays))
+    unexpected = sorted(set(arrays) - planned)
+    if missing or unexpected:
         raise ValueError(
             f"The weights do not fit: {_named('missing', missing)}, "
-            f"{_named('left over', left_over)}; nothing was loaded."
+            f"{_named('unexpected', unexpected)}; nothing was loaded."
         )
     values, misfits = [], []
     for name, variable, convert in plan:
@@ -173,9 +186,9 @@ def assign(plan: Sequence[Entry], arrays: Mapping[str, np.ndarray]) -> None:
             value = None
         if value is None or value.shape != tuple(variable.shape):
             misfits.append(f"{name} {array.shape} for {tuple(variable.shape)}")
-        # `bfloat16` is a float to Keras, and of no kind that NumPy knows.
+        # NumPy's kind of `bfloat16` is "V".
         elif array.dtype.kind not in "fV" or not np.isfinite(array.astype("float32")).all():
-            misfits.append(f"{name} of dtype {array.dtype} is not all finite numbers")
+            misfits.append(f"{name} of dtype {array.dtype} is not finite floats")
         values.append(value)
     if misfits:
         raise ValueError(

@@ -66,7 +66,7 @@ def open_detector(weights: str | os.PathLike) -> Pretrained:
         FileNotFoundError: if there is neither such a name nor such a file.
         IsADirectoryError: if it is a folder.
         ConnectionError: if published weights cannot be downloaded.
-        ValueError: if the file does not hold a trained detector.
+        ValueError: if the file does not contain a trained detector.
     """
     url = DETECTORS.get(os.fspath(weights))
     path = Path(weights) if url is None else fetch(os.fspath(weights), url)
@@ -98,16 +98,16 @@ def open_detector(weights: str | os.PathLike) -> Pretrained:
 
 
 def _open_torchvision(arrays: Mapping[str, np.ndarray], url: str | None) -> Pretrained:
-    """`url`: that of the published file which this is, or None."""
+    """Opens a state dict of torchvision; `url` is that of the published file, if it is one."""
     arrays = torchvision_arrays(arrays)
     backbone, num_classes, stages = torchvision_architecture(arrays)
     stages["resnet"] = {"normalization": "frozen_batch_norm", "frozen_stages": 2}
     if url == DETECTORS["coco"]:
-        # It was trained with frozen norms of epsilon 0, which nothing in the file tells.
+        # It was trained with frozen norms of epsilon 0, which the file does not tell.
         stages["resnet"]["norm_epsilon"] = 0.0
     default_classes, class_names = num_classes, {}
     if url is not None:
-        # A label is then the index among COCO's 80 classes, as in every COCO data set.
+        # Labels are then indices into COCO's 80 classes, as in every COCO data set.
         default_classes = len(COCO_CLASS_NAMES)
         class_names = {len(names): names for names in (COCO_CLASS_NAMES, coco_names_by_id())}
 
@@ -120,7 +120,7 @@ def _open_torchvision(arrays: Mapping[str, np.ndarray], url: str | None) -> Pret
 def _open_detectron2(contents: Mapping, arrays: Mapping[str, np.ndarray]) -> Pretrained:
     backbone, num_classes, stages = detectron2_architecture(arrays)
     stages["resnet"].setdefault("frozen_stages", 2)
-    # Its model zoo signs its files; 80 classes are COCO's there.
+    # Files of its model zoo name their author; 80 classes are COCO's there.
     is_coco = "__author__" in contents and num_classes == len(COCO_CLASS_NAMES)
 
     def load(model, with_classes):
@@ -145,7 +145,7 @@ def is_keras_file(path: Path) -> bool:
 
 
 def load_keras_file(path: Path) -> FasterRCNN:
-    """Returns the detector in a `.keras` file, whatever its name is, ready for inference.
+    """Returns the detector in a `.keras` file of any name, uncompiled.
 
     Raises:
         ValueError: if the file is damaged, or holds another model.
@@ -154,7 +154,7 @@ def load_keras_file(path: Path) -> FasterRCNN:
         model = keras.saving.load_model(named, compile=False)
     if not isinstance(model, FasterRCNN):
         raise ValueError(
-            f"{str(path)!r} must hold a FasterRCNN; it holds a {type(model).__name__}."
+            f"{str(path)!r} must contain a FasterRCNN; received a {type(model).__name__}."
         )
     return model
 
@@ -184,7 +184,9 @@ def _open_h5(path: Path) -> Pretrained:
     with _damage_is_named(path), h5py.File(path) as file:
         file.visititems(visit)
     if len(num_classes) != 1:
-        raise ValueError(f"{str(path)!r} does not hold the weights of a FasterRCNN.")
+        raise ValueError(
+            f"{str(path)!r} must contain the weights of a FasterRCNN; received others."
+        )
 
     def load(model, with_classes):
         config = model.get_config()
@@ -195,7 +197,7 @@ def _open_h5(path: Path) -> Pretrained:
             f"The weights of {str(path)!r} do not fit a model with these arguments; pass those "
             "that it was built with, or its .keras file."
         )
-        # Keras silently loads a part of what a file holds.
+        # Keras silently ignores layers that the model does not have.
         if len(arrays) != len(source.variables):
             raise ValueError(misfit)
         with _damage_is_named(path), _named(path, "model.weights.h5") as named:
@@ -205,7 +207,7 @@ def _open_h5(path: Path) -> Pretrained:
                 raise ValueError(misfit) from error
         _copy_weights(source, model, with_classes)
 
-    # The file holds nothing but weights: the builder's arguments say what model they are of.
+    # The file does not tell the architecture; the builder's arguments do.
     return Pretrained(None, {}, num_classes[0], num_classes[0], {}, load)
 
 
@@ -223,7 +225,7 @@ def _copy_weights(source: FasterRCNN, target: FasterRCNN, with_classes: bool) ->
 
 @contextlib.contextmanager
 def _damage_is_named(path: Path) -> Iterator[None]:
-    """Turns errors of reading archives and HDF5 into one that names the file."""
+    """Turns errors of reading archives and HDF5 files into one that names the file."""
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, KeyError, EOFError) as error:
@@ -232,7 +234,7 @@ def _damage_is_named(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _named(path: Path, name: str) -> Iterator[Path]:
-    """The file under a name that Keras recognizes; it goes by the name alone."""
+    """Yields a link to the file with a name that Keras recognizes; Keras goes by the name."""
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder) / name
         link.symlink_to(path.resolve())

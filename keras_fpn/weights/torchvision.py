@@ -1,4 +1,4 @@
-"""torchvision's Faster R-CNN on ResNets, by its names: what it is made of, and where it goes."""
+"""Weights of torchvision's Faster R-CNN on ResNets: their architecture, and how they are loaded."""
 
 import os
 import re
@@ -30,27 +30,30 @@ def load_torchvision_weights(
 ) -> None:
     """Loads a torchvision Faster R-CNN with a ResNet-FPN backbone into a detector.
 
-    Nothing of the model changes unless everything fits. PyTorch is not needed.
+    The model changes only if everything fits. PyTorch is not needed.
 
     Args:
-        model: from `build_fpn_faster_rcnn` with a ResNet backbone, made as the weights are (what
-            `build_fpn_faster_rcnn(weights=...)` reads from the file itself). Torchvision counts the
-            background: its 91 classes are `num_classes=90` here, of which `num_classes=80` takes
-            those that COCO uses.
-        state_dict: mapping of torchvision's names to arrays (or tensors), or the path of a `.pth`
-            or `.npz` file of one.
+        model: from `build_fpn_faster_rcnn`, with a ResNet backbone and the architecture of the
+            weights (which `build_fpn_faster_rcnn(weights=...)` detects itself). Torchvision counts
+            the background: its 91 classes are `num_classes=90` here; with `num_classes=80`, those
+            in use in COCO are loaded.
+        state_dict: mapping of torchvision's names to arrays or tensors, or the path of a `.pth` or
+            `.npz` file.
 
     Raises:
-        FileNotFoundError: where the path is no file.
-        ValueError: for names that are missing or left over, and shapes or values that do not fit.
+        FileNotFoundError: if the path is not a file.
+        ValueError: for missing or unexpected names, and for shapes or values that do not fit.
     """
     load_torchvision_arrays(model, torchvision_arrays(state_dict), with_classes=True)
 
 
 def torchvision_arrays(state_dict: Mapping | str | os.PathLike) -> dict[str, np.ndarray]:
-    """As `read_arrays`, under the names that torchvision gives since its version 0.13.
+    """Returns the arrays of a state dict by the names that torchvision has had since version 0.13.
 
-    Its published COCO_V1 checkpoint has the names from before.
+    Its published COCO_V1 checkpoint has the former names.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_arrays`.
     """
     arrays = {}
     for name, value in read_arrays(state_dict).items():
@@ -61,14 +64,14 @@ def torchvision_arrays(state_dict: Mapping | str | os.PathLike) -> dict[str, np.
 
 
 def torchvision_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int, dict]:
-    """Returns what the arrays of a detector say of its make.
+    """Returns the architecture of a detector, as far as its arrays tell.
 
     Returns:
         `(backbone, num_classes, stages)`: the name of the ResNet, the number of classes without
         the background, and stage name to arguments.
 
     Raises:
-        ValueError: if they are not those of torchvision's Faster R-CNN on a ResNet.
+        ValueError: if the arrays are not those of torchvision's Faster R-CNN on a ResNet.
     """
     lateral = arrays.get("backbone.fpn.inner_blocks.0.0.weight")
     if lateral is None or np.ndim(lateral) != 4 or f"{PREDICTOR}.cls_score.bias" not in arrays:
@@ -81,7 +84,7 @@ def torchvision_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int
     hidden = arrays[f"{linear[0]}.weight"] if linear else None
     if hidden is None or np.ndim(hidden) != 2:
         raise ValueError(
-            "Expected a box head with fully connected hidden layers; these weights have none."
+            "Expected a box head with fully connected hidden layers; received weights of none."
         )
     stages = {
         "pyramid": {
@@ -104,13 +107,15 @@ def torchvision_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int
 def load_torchvision_arrays(
     model: keras.Model, arrays: Mapping[str, np.ndarray], *, with_classes: bool
 ) -> None:
-    """Loads the arrays that `torchvision_arrays` gives.
+    """Loads the arrays of `torchvision_arrays` into a detector.
 
     Args:
-        with_classes: whether the layers whose shape depends on the classes are loaded too.
+        model: as for `load_torchvision_weights`.
+        arrays: name to array.
+        with_classes: whether to load the layers that depend on the classes.
 
     Raises:
-        As `load_torchvision_weights`.
+        ValueError: see `load_torchvision_weights`.
     """
     plan = _backbone_plan(model.backbone, prefix="backbone.body.")
     pyramid, head = model.pyramid, model.box_head
@@ -150,14 +155,14 @@ def load_torchvision_arrays(
 def load_backbone_weights(
     backbone: keras.Model, state_dict: Mapping[str, np.ndarray] | str | os.PathLike
 ) -> None:
-    """Loads a torchvision ResNet classifier into a `ResNet`; its `fc` layer is left out.
+    """Loads a torchvision ResNet classifier, without its `fc` layer, into a `ResNet`.
 
     Args:
         backbone: a `keras_fpn.resnet.ResNet`.
         state_dict: as for `load_torchvision_weights`.
 
     Raises:
-        As `load_torchvision_weights`.
+        FileNotFoundError, ValueError: see `load_torchvision_weights`.
     """
     arrays = read_arrays(state_dict)
     arrays = {name: value for name, value in arrays.items() if name not in ("fc.weight", "fc.bias")}
@@ -165,14 +170,14 @@ def load_backbone_weights(
 
 
 def _anchor_order(anchors) -> np.ndarray:
-    """For each anchor of a location, its index at torchvision, where the size changes fastest."""
+    """Returns torchvision's index of each anchor of a location: there, sizes change fastest."""
     sizes = len(anchors.sizes[0])
     ratios = anchors.anchors_per_location // sizes
     return np.arange(sizes * ratios).reshape(ratios, sizes).T.ravel()
 
 
 def keeps_classes(checkpoint_classes: int, num_classes: int) -> bool:
-    """Whether the class-dependent layers of a checkpoint serve a model of `num_classes`."""
+    """Returns whether a model of `num_classes` can use the classes of a checkpoint."""
     return checkpoint_classes == num_classes or (checkpoint_classes, num_classes) == (90, 80)
 
 
@@ -180,10 +185,10 @@ def _class_plan(model, arrays) -> list[Entry]:
     classes = np.shape(arrays.get(f"{PREDICTOR}.cls_score.bias", ()))
     if classes and not keeps_classes(classes[0] - 1, model.num_classes):
         raise ValueError(
-            f"The weights are for {classes[0] - 1} classes and the background; the model has "
-            f"num_classes={model.num_classes}."
+            f"The weights must be for the model's {model.num_classes} classes; received those of "
+            f"{classes[0] - 1} classes and the background."
         )
-    # Theirs count the background, as class 0.
+    # Torchvision's class 0 is the background.
     labels = np.arange(1, model.num_classes + 1)
     if classes and classes[0] == 91 and model.num_classes == 80:
         labels = np.array(list(COCO_IDS_AND_NAMES))
@@ -202,7 +207,7 @@ def _class_plan(model, arrays) -> list[Entry]:
 
 
 def _hidden_layers(arrays) -> list[str]:
-    """The names of the box head's fully connected hidden layers, from the first to the last."""
+    """Returns the names of the box head's fully connected hidden layers, in their order."""
     names = [re.fullmatch(r"(roi_heads\.box_head\.(?:fc)?(\d+))\.weight", name) for name in arrays]
     return [m[1] for m in sorted(filter(None, names), key=lambda match: int(match[2]))]
 
@@ -219,7 +224,7 @@ def _backbone(arrays, prefix) -> str:
 def _backbone_plan(backbone, prefix) -> list[Entry]:
     if not isinstance(backbone, ResNet):
         raise ValueError(
-            "torchvision's names are those of its ResNets; the model's backbone is "
+            "The backbone must be a ResNet to load torchvision's weights; received "
             f"{backbone.name!r} of type {type(backbone).__name__}."
         )
     plan = []

@@ -102,9 +102,13 @@ def test_training_flips_images_with_their_boxes_and_rounds_pixels(coco_folder, e
     image = np.random.default_rng(0).integers(0, 256, (20, 33, 3), np.uint8)
     objects = [{"image_id": 10, "bbox": [3, 4, 6, 10]}]
     folder = coco_folder({"a.png": encode(image)}, objects, size=(20, 33))
-    one, shorter, longest = np.array([1, 30, 47])  # NumPy integers are accepted.
+    one, shorter, longest, max_boxes = np.array([1, 30, 47, 100])  # NumPy integers are accepted.
     batches = training_batches(
-        load_dataset(folder, "train"), one, shorter_edges=[shorter], longest_edge=longest
+        load_dataset(folder, "train"),
+        one,
+        shorter_edges=[shorter],
+        longest_edge=longest,
+        max_boxes=max_boxes,
     )
     exact = {False: bilinear(image, 28, 47), True: bilinear(image[:, ::-1], 28, 47)}
     scale = np.array([47 / 33, 28 / 20, 47 / 33, 28 / 20])

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, and bring back all that a run needs."""
+"""Checkpoints are complete or absent, and restore all that a run needs."""
 
 import errno
 
@@ -81,7 +81,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, name):
         else:
             write_checkpoint(model, RunState(5), tmp_path, keep=1)
 
-    with pytest.raises(OSError, match=r"the disk is full; make room and start the same") as error:
+    with pytest.raises(OSError, match=f"{name} .*the disk is full") as error:
         write()
     assert error.value.__cause__.errno == errno.ENOSPC
     assert file.read_bytes() == b"as it was"
@@ -96,19 +96,17 @@ def test_a_damaged_checkpoint_is_refused_with_what_to_do(tmp_path):
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"step-00000002.keras cannot be read .* move it away, then"
-    ):
+    with pytest.raises(ValueError, match=r"step-00000002\.keras cannot be read .* move it away"):
         read_checkpoint(model, last)
     last.write_bytes(content[:100])
-    with pytest.raises(ValueError, match=r"the same command goes on from .*step-00000001.keras"):
+    with pytest.raises(ValueError, match=r"resume from .*step-00000001\.keras"):
         read_checkpoint(model, last)
     assert read_checkpoint(model, first).steps == 1
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
     write_checkpoint(model_of(units=5), RunState(1), tmp_path, keep=1)
-    with pytest.raises(ValueError, match="another architecture than the one this run builds"):
+    with pytest.raises(ValueError, match=r"step-00000001\.keras has another architecture"):
         read_checkpoint(model_of(units=2), tmp_path / "step-00000001.keras")
 
 

@@ -1,6 +1,7 @@
-"""What `--strategy` makes of an environment; several workers are in test_distributed.py."""
+"""The strategy for an environment; several workers are in test_distributed.py."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -39,16 +40,14 @@ def test_mirrored_takes_all_logical_devices():
 
 
 def test_several_workers_need_their_addresses():
-    with pytest.raises(
-        ValueError, match=r"set TF_CONFIG on each of them, or start them with Slurm"
-    ):
+    with pytest.raises(ValueError, match=r"--strategy multi_worker .*TF_CONFIG"):
         choose_strategy("multi_worker")
 
 
 @pytest.mark.parametrize("value", ["no json", "[]", '{"cluster": {"worker": 3}}'])
 def test_a_tf_config_that_is_none_is_named(monkeypatch, value):
     monkeypatch.setenv("TF_CONFIG", value)
-    with pytest.raises(ValueError, match="TF_CONFIG is JSON with 'cluster' and 'task'; received"):
+    with pytest.raises(ValueError, match=f"TF_CONFIG .* received '{re.escape(value)}'"):
         choose_strategy("auto")
 
 

@@ -13,13 +13,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def free() -> keras.Model:
-    """A detector for images of any size."""
-    keras.utils.set_random_seed(0)
-    return small_detector()
-
-
 def requests(shapes=SHAPES):
     random = np.random.RandomState(0)
     for batch, height, width in shapes:
@@ -38,18 +31,17 @@ def assert_answers(answer, model, inputs):
     np.testing.assert_allclose(answer["boxes"], wanted["boxes"], atol=1e-3)
 
 
-def test_onnx_answers_for_images_of_any_size(free, tmp_path):
+def test_onnx_answers_for_images_of_any_size(detector, tmp_path):
     for package in ("onnx", "tf2onnx"):
         pytest.importorskip(package, reason=f"{package}, which exports to ONNX, is not installed")
     runtime = pytest.importorskip(
         "onnxruntime", reason="onnxruntime, which runs ONNX files, is not installed"
     )
-    free.predict(next(requests()), verbose=0)  # Keras wants to have seen it called.
-    free.export(tmp_path / "detector.onnx", format="onnx", verbose=False)
+    detector.export(tmp_path / "detector.onnx", format="onnx", verbose=False)
     session = runtime.InferenceSession(str(tmp_path / "detector.onnx"))
     names = [output.name for output in session.get_outputs()]
     for inputs in requests():
-        assert_answers(dict(zip(names, session.run(None, inputs), strict=True)), free, inputs)
+        assert_answers(dict(zip(names, session.run(None, inputs), strict=True)), detector, inputs)
 
 
 def litert_runner(model, path):
@@ -63,10 +55,10 @@ def litert_runner(model, path):
     return interpreter.Interpreter(model_path=str(path)).get_signature_runner()
 
 
-def test_litert_answers_for_images_of_any_size(free, tmp_path):
-    answer = litert_runner(free, tmp_path / "detector.tflite")
+def test_litert_answers_for_images_of_any_size(detector, tmp_path):
+    answer = litert_runner(detector, tmp_path / "detector.tflite")
     for inputs in requests():
-        assert_answers(answer(**inputs), free, inputs)
+        assert_answers(answer(**inputs), detector, inputs)
 
 
 def test_litert_answers_for_images_of_one_size(tmp_path):

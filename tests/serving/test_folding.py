@@ -11,12 +11,14 @@ from keras_fpn.serving.folding import fold_normalization
 def model():
     """A detector with every norm that folds, and statistics unlike those of a fresh one."""
     model = small_detector(
-        normalization="frozen_batch_norm",
-        pyramid_normalization="batch_norm",
-        head_convolutions=2,
-        head_normalization="frozen_batch_norm",
-        head_hidden_layers=1,
-        norm_epsilon=1e-3,
+        resnet={"norm_epsilon": 1e-3},
+        pyramid={"normalization": "batch_norm", "norm_epsilon": 1e-3},
+        box_head={
+            "convolutions": 2,
+            "normalization": "frozen_batch_norm",
+            "hidden_layers": 1,
+            "norm_epsilon": 1e-3,
+        },
     )
     random = np.random.RandomState(0)
     for variable in model.weights:

@@ -28,15 +28,6 @@ def assert_same(detections, others, **tolerance):
     np.testing.assert_allclose(detections["boxes"], others["boxes"], **tolerance)
 
 
-@pytest.fixture(scope="module")
-def xyxy_and_relative():
-    """The same detector, and one that gives its boxes in another format."""
-    detector = small_detector()
-    relative = small_detector(bounding_box_format="rel_yxyx")
-    relative.set_weights(detector.get_weights())
-    return detector, relative
-
-
 def test_boxes_are_those_of_predict_in_the_pixels_of_the_image_itself(detector):
     image = noise(40, 50)
     # 64 / 40 = 1.6, and 50 * 1.6 = 80.
@@ -66,9 +57,11 @@ def test_height_and_width_have_scales_of_their_own(detector):
     assert (found["boxes"] >= 0).all()
 
 
-def test_boxes_are_xyxy_pixels_whatever_the_format_of_the_model(xyxy_and_relative):
+def test_boxes_are_xyxy_pixels_whatever_the_format_of_the_model(detector):
+    relative = small_detector(bounding_box_format="rel_yxyx")
+    relative.set_weights(detector.get_weights())
     image = noise(40, 50)
-    wanted, found = (detect(model, image, **EDGES)[0] for model in xyxy_and_relative)
+    wanted, found = (detect(model, image, **EDGES)[0] for model in (detector, relative))
     assert len(wanted["labels"]) > 0
     assert_same(found, wanted, atol=1e-3)
 
@@ -180,12 +173,14 @@ def test_twenty_sizes_are_traced_a_few_times_only():
     assert model.predict_function.experimental_get_tracing_count() <= 3
 
 
-def test_detections_under_the_threshold_are_left_out(detector):
+def test_detections_above_the_threshold_are_returned_as_by_the_model(detector):
     [found] = detect(detector, noise(40, 50), **EDGES)
-    middle = float(np.median(found["scores"]))
-    [fewer] = detect(detector, noise(40, 50), score_threshold=middle, **EDGES)
-    kept = found["scores"] >= middle
-    assert 0 < kept.sum() < len(kept)
+    scores = found["scores"]
+    threshold = float(scores[len(scores) // 2])
+    [fewer] = detect(detector, noise(40, 50), score_threshold=threshold, **EDGES)
+    # A score of the threshold itself is not above it.
+    kept = scores > threshold
+    assert 0 < kept.sum() < (scores >= threshold).sum() < len(kept)
     assert_same(fewer, {name: values[kept] for name, values in found.items()}, rtol=0)
 
 
@@ -210,7 +205,7 @@ def test_files_that_cannot_be_read_are_named_before_the_model_runs(detector, tmp
     good.write_bytes(png(noise(40, 50)))
     text.write_bytes(b"no image")
     gone = tmp_path / "gone.png"
-    with pytest.raises(FileNotFoundError, match=r"no image file for image 1 \('.*gone\.png'\)\."):
+    with pytest.raises(FileNotFoundError, match=r"no image file .*image 1 \('.*gone\.png'\)\."):
         detect(detector, [good, gone])
     with pytest.raises(FileNotFoundError, match="image 0"):
         detect(detector, str(tmp_path))
@@ -218,11 +213,11 @@ def test_files_that_cannot_be_read_are_named_before_the_model_runs(detector, tmp
         ValueError, match=r"2 of 3 images .* image 1 .*text\.jpg'\): not a JPEG.*; "
     ):
         detect(detector, [good, text, b""])
-    with pytest.raises(ValueError, match=r"image 0: an array of shape \(3, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"image 0: .*received an array of shape \(3, 64, 64\)"):
         detect(detector, np.zeros((3, 64, 64)))
-    with pytest.raises(TypeError, match="image 1 is of type NoneType"):
+    with pytest.raises(TypeError, match=r"image 1 .*received NoneType"):
         detect(detector, [good, None])
-    with pytest.raises(TypeError, match="image 0 has dtype bool"):
+    with pytest.raises(TypeError, match=r"image 0 .*received dtype bool"):
         detect(detector, np.zeros((8, 8, 3), bool))
     with pytest.raises(TypeError, match="received int"):
         detect(detector, 3)
@@ -238,13 +233,13 @@ def test_a_truncated_file_is_named(detector, tmp_path):
 
 def test_arguments_out_of_range_are_refused(detector):
     image = noise(8, 8)
-    with pytest.raises(ValueError, match=r"`batch_size` is a whole number .* received 0"):
+    with pytest.raises(ValueError, match=r"`batch_size` .* received 0"):
         detect(detector, image, batch_size=0)
     with pytest.raises(ValueError, match=r"`shorter_edge` .* received 80\.5"):
         detect(detector, image, shorter_edge=80.5)
     with pytest.raises(ValueError, match=r"`verbose` .* received 'yes'"):
         detect(detector, image, verbose="yes")
-    with pytest.raises(TypeError, match="`model` is a FasterRCNN; received ndarray"):
+    with pytest.raises(TypeError, match=r"`model` .*FasterRCNN; received ndarray"):
         detect(image, detector)
 
 
@@ -254,5 +249,5 @@ def test_a_model_of_one_shape_gets_that_shape():
     assert all(
         (one["boxes"][:, 2] <= width).all() for one, width in zip(found, (50, 60), strict=True)
     )
-    with pytest.raises(ValueError, match=r"of shape \(64, 96, 3\); .* resized to \[80, 64\]"):
+    with pytest.raises(ValueError, match=r"\(64, 96, 3\) .*received .* \[80, 64\]"):
         detect(model, noise(50, 40), **EDGES)

@@ -256,15 +256,15 @@ def test_requests_without_an_image_are_refused(signatures):
 
 def test_arguments_out_of_range_are_refused(detector, tmp_path):
     path = tmp_path / "1"
-    with pytest.raises(TypeError, match="`model` is a FasterRCNN; received Sequential"):
+    with pytest.raises(TypeError, match=r"`model` .*FasterRCNN; received Sequential"):
         export_saved_model(keras.Sequential(), path)
-    with pytest.raises(ValueError, match=r"`shorter_edge` is a whole number .* received 0"):
+    with pytest.raises(ValueError, match=r"`shorter_edge` .* received 0"):
         export_saved_model(detector, path, shorter_edge=0)
-    with pytest.raises(ValueError, match="'float32' or 'bfloat16'; received 'float16'"):
+    with pytest.raises(ValueError, match=r"`precision` .*received 'float16'"):
         export_saved_model(detector, path, precision="float16")
-    with pytest.raises(ValueError, match=r"each of the 3 classes; received \['bolt'\]"):
+    with pytest.raises(ValueError, match=r"`class_names` .* 3 classes; received \['bolt'\]"):
         export_saved_model(detector, path, class_names=["bolt"])
-    with pytest.raises(ValueError, match=r"of shape \(64, 96, 3\); with longest_edge=96"):
+    with pytest.raises(ValueError, match=r"`longest_edge` .*\(64, 96, 3\) .*; received 96"):
         export_saved_model(small_detector(image_shape=(64, 96, 3)), path, **EDGES)
     assert list(tmp_path.iterdir()) == []
 
@@ -373,7 +373,7 @@ def test_weights_can_be_constants_of_the_graph(detector, tmp_path):
 
 def test_a_model_of_one_shape_gets_that_shape(detector, tmp_path):
     fixed = small_detector(
-        image_shape=(96, 128, 3), score_threshold=detector.detection_generator.score_threshold
+        image_shape=(96, 128, 3), score_threshold=detector.detections.score_threshold
     )
     fixed.set_weights(detector.get_weights())
     export_saved_model(fixed, tmp_path / "1", warm_up=False, **EDGES)
@@ -408,6 +408,8 @@ def test_bfloat16_takes_half_the_size(detector, exported, tmp_path):
     found = answer["detection_boxes"].numpy()[0] * [40, 50, 40, 50]
     boxes = wanted["boxes"][0][:, [1, 0, 3, 2]] / 1.6
     distance = np.abs(found[:, None] - boxes[None]).max(axis=-1)
+    labels = answer["detection_classes"].numpy()[0]
+    distance[labels[:, None] != wanted["labels"][0]] = np.inf
     nearest = distance.argmin(axis=1)
     near = distance.min(axis=1) < 0.5
     assert near.mean() >= 0.7

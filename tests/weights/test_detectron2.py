@@ -11,7 +11,7 @@ import keras_fpn
 from keras_fpn.data.coco_classes import COCO_CLASS_NAMES
 from keras_fpn.weights.detectron2 import detectron2_architecture
 
-SMALL = {"rpn_pre_nms": 20, "rpn_post_nms": 20, "roi_samples": 8}
+SMALL = {"proposals": {"pre_nms": 20, "post_nms": 20}, "roi_targets": {"num_samples": 8}}
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +65,15 @@ def test_the_detector_computes_as_detectron2_does(model):
     assert model.preprocessing.std == (1.0, 1.0, 1.0)
     assert (pooling.aligned, pooling.sampling_ratio, pooling.output_size) == (True, None, 7)
     assert not model.anchors.rounded
-    assert list(model.anchors.strides.values()) == [4, 8, 16, 32, 64]
-    assert model.smooth_l1_beta == 0
+    assert model.anchors.strides == (4, 8, 16, 32, 64)
+    assert model.rpn_loss.smooth_l1_beta == model.roi_loss.smooth_l1_beta == 0
     assert model.num_classes == 80
     assert model.proposals.training_post_nms == 1000
 
 
 def test_other_classes_start_fresh(weights, tmp_path):
     path = save(weights, tmp_path / "zoo.npz")
-    with pytest.warns(UserWarning, match="trained for 80 classes, the model has 2: box_head/class"):
+    with pytest.warns(UserWarning, match="for 80 classes, the model has 2: box_head/class_logits"):
         model = keras_fpn.build_fpn_faster_rcnn(weights=path, num_classes=2, **SMALL)
     assert_holds(model, weights, but=["roi_heads.box_predictor"])
 
@@ -81,8 +81,8 @@ def test_other_classes_start_fresh(weights, tmp_path):
 def test_an_rpn_alone_leaves_the_box_head_fresh(weights, tmp_path):
     rpn = {name: x for name, x in weights.items() if not name.startswith("roi_heads")}
     path = save(rpn, tmp_path / "rpn.npz")
-    with pytest.warns(UserWarning, match="has no box head: box_head starts fresh"):
-        model = keras_fpn.build_fpn_faster_rcnn(weights=path, head_hidden_dim=8, **SMALL)
+    with pytest.warns(UserWarning, match="no box head: box_head is not loaded"):
+        model = keras_fpn.build_fpn_faster_rcnn(weights=path, box_head={"hidden_dim": 8}, **SMALL)
     assert_holds(model, weights, but=["roi_heads"])
     assert model.num_classes == 80
 
@@ -104,22 +104,24 @@ def test_a_resnext_strides_in_the_3x3_and_divides_by_the_deviation(weights):
     for block in range(6, 23):
         arrays[f"backbone.bottom_up.res4.{block}.conv1.weight"] = np.zeros(1)
     arrays |= {name: np.zeros(shape) for name, shape in shapes.items()}
-    architecture = detectron2_architecture(arrays)
-    assert architecture["backbone"] == "resnext101_32x8d"
-    assert not architecture["stride_in_1x1"]
-    assert architecture["pixel_std"] == (58.395, 57.12, 57.375)
+    backbone, _, stages = detectron2_architecture(arrays)
+    assert backbone == "resnext101_32x8d"
+    assert not stages["resnet"]["stride_in_1x1"]
+    # The default of the stage.
+    assert "std" not in stages["preprocessing"]
+    assert keras_fpn.ImageNormalizer().std == (58.395, 57.12, 57.375)
 
 
 def test_other_anchors_are_refused(weights):
     name = "proposal_generator.anchor_generator.cell_anchors.0"
-    with pytest.raises(ValueError, match=r"has the cell anchors .* in place of size 32"):
+    with pytest.raises(ValueError, match=r"size 32 .*; received the cell anchors \[\["):
         detectron2_architecture(weights | {name: 2 * weights[name]})
 
 
 def test_another_architecture_is_refused(weights, tmp_path):
     c4 = {name: x for name, x in weights.items() if "fpn" not in name}
-    with pytest.raises(ValueError, match=r"these weights have no backbone\.fpn_lateral2"):
+    with pytest.raises(ValueError, match=r"received weights without backbone\.fpn_lateral2"):
         keras_fpn.build_fpn_faster_rcnn(weights=save(c4, tmp_path / "c4.npz"))
     masks = weights | {"roi_heads.mask_head.mask_fcn1.weight": np.zeros(1, "float32")}
-    with pytest.raises(ValueError, match=r"1 left over \(roi_heads\.mask_head\.mask_fcn1\.weight"):
+    with pytest.raises(ValueError, match=r"1 unexpected \(roi_heads\.mask_head\.mask_fcn1\.weight"):
         keras_fpn.build_fpn_faster_rcnn(weights=save(masks, tmp_path / "masks.npz"))

@@ -16,12 +16,12 @@ from keras_fpn.weights.plan import channels_last_columns, read_arrays, resnet_na
         ((3, 8, 36, 3), True, (64, 64, 3, 3), "resnet152"),
     ],
 )
-def test_the_name_of_a_resnet_by_its_make(blocks, bottleneck, kernel, name):
+def test_the_name_of_a_resnet_by_its_architecture(blocks, bottleneck, kernel, name):
     assert resnet_name(blocks, bottleneck, kernel) == name
 
 
-def test_a_resnet_of_no_known_make():
-    with pytest.raises(ValueError, match=r"no ResNet of \(2, 2, 2, 2\) blocks with 3 convolutions"):
+def test_a_resnet_of_no_known_architecture():
+    with pytest.raises(ValueError, match=r"received .*\(2, 2, 2, 2\) blocks with 3 convolutions"):
         resnet_name((2, 2, 2, 2), True, (64, 64, 3, 3))
 
 
@@ -42,10 +42,10 @@ def test_of_a_training_checkpoint_the_model_is_taken(wrapper):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ({}, "The mapping is wanted to map names to arrays; it is empty"),
-        ({"a": "text"}, "names to arrays; a is none"),
-        ({"a": {"b": np.ones(1)}}, "names to arrays; a is none"),
-        ([np.ones(1)], "names to arrays; it is a list"),
+        ({}, "The mapping must map names to arrays; it is empty"),
+        ({"a": "text"}, "names to arrays; a is not an array"),
+        ({"a": {"b": np.ones(1)}}, "names to arrays; a is not an array"),
+        ([np.ones(1)], "names to arrays; received a list"),
     ],
 )
 def test_what_maps_no_names_to_arrays(contents, message):

@@ -44,6 +44,30 @@ def test_every_weight_goes_to_its_place(model):
     )
 
 
+def test_with_two_sizes_per_level_the_rows_of_an_anchor_stay_its_own():
+    sizes, ratios = np.array([16, 48]), np.array([0.5, 1.0, 2.0])
+    model = small_detector(anchor_sizes=(tuple(sizes),) * 5)
+    weights = random_weights(model, 8)
+    load_torchvision_weights(model, weights)
+    # Torchvision's `generate_anchors`, in which the size changes fastest.
+    heights = (np.sqrt(ratios)[:, None] * sizes).reshape(-1)
+    widths = (1 / np.sqrt(ratios)[:, None] * sizes).reshape(-1)
+    theirs = np.round(np.stack([-widths, -heights, widths, heights], axis=1) / 2).tolist()
+    pixel = {f"P{level}": np.zeros((1, 1, 1, 1)) for level in range(2, 7)}
+    ours = convert_to_numpy(model.anchors(np.zeros((1, 8, 8, 3)), pixel)["P2"]).tolist()
+    assert sorted(ours) == sorted(theirs) != ours
+    order = [theirs.index(anchor) for anchor in ours]
+    head = model.rpn_head
+    for name, layer in (("cls_logits", head.objectness), ("bbox_pred", head.deltas)):
+        kernel, bias = (weights[f"rpn.head.{name}.{part}"] for part in ("weight", "bias"))
+        channels = kernel.shape[1]
+        found = convert_to_numpy(layer.kernel).reshape(channels, 6, -1)
+        expected = kernel.reshape(6, -1, channels)[order].transpose(2, 0, 1)
+        np.testing.assert_array_equal(found, expected)
+        found = convert_to_numpy(layer.bias).reshape(6, -1)
+        np.testing.assert_array_equal(found, bias.reshape(6, -1)[order])
+
+
 def test_names_of_old_checkpoints_and_counts_of_batches_are_accepted(model):
     weights = random_weights(model, 2)
     old = {}
@@ -97,22 +121,22 @@ class TestWhatDoesNotFit:
         weights = random_weights(model, 6)
         del weights["rpn.head.conv.0.0.bias"], weights["backbone.body.conv1.weight"]
         message = (
-            r"2 missing \(backbone.body.conv1.weight, rpn.head.conv.0.0.bias\), 0 left over; "
+            r"2 missing \(backbone.body.conv1.weight, rpn.head.conv.0.0.bias\), 0 unexpected; "
             "nothing was loaded"
         )
         with pytest.raises(ValueError, match=message):
             load_torchvision_weights(model, weights)
 
-    def test_names_that_are_left_over(self, model):
+    def test_names_that_are_unexpected(self, model):
         weights = random_weights(model, 6) | {f"mask.{i}": np.zeros(1) for i in range(7)}
-        message = r"0 missing, 7 left over \(mask.0, mask.1, mask.2, mask.3, mask.4, \.\.\.\)"
+        message = r"0 missing, 7 unexpected \(mask.0, mask.1, mask.2, mask.3, mask.4, \.\.\.\)"
         with pytest.raises(ValueError, match=message):
             load_torchvision_weights(model, weights)
 
     def test_another_backbone(self, model):
         weights = random_weights(model, 6)
         weights["backbone.body.layer1.0.conv3.weight"] = np.zeros((256, 64, 1, 1), "float32")
-        message = r"1 left over \(backbone.body.layer1.0.conv3.weight\)"
+        message = r"1 unexpected \(backbone.body.layer1.0.conv3.weight\)"
         with pytest.raises(ValueError, match=message):
             load_torchvision_weights(model, weights)
 
@@ -144,7 +168,7 @@ class TestWhatDoesNotFit:
     def test_a_background_less_or_a_class_more(self, model):
         weights = random_weights(model, 6)
         weights["roi_heads.box_predictor.cls_score.bias"] = np.zeros(91, "float32")
-        message = r"for 90 classes and the background; the model has num_classes=3"
+        message = r"model's 3 classes; received .* 90 classes and the background"
         with pytest.raises(ValueError, match=message):
             load_torchvision_weights(model, weights)
 
@@ -152,28 +176,28 @@ class TestWhatDoesNotFit:
     def test_values_that_are_not_finite(self, model, value):
         weights = random_weights(model, 6)
         weights["rpn.head.cls_logits.bias"][1] = value
-        message = r"rpn.head.cls_logits.bias of dtype float32 is not all finite numbers"
+        message = r"rpn.head.cls_logits.bias of dtype float32 is not finite floats"
         with pytest.raises(ValueError, match=message):
             load_torchvision_weights(model, weights)
 
     def test_values_that_are_no_numbers(self, model):
         weights = random_weights(model, 6)
         weights["rpn.head.cls_logits.bias"] = np.array(["a", "b", "c"])
-        message = "is wanted to map names to arrays; rpn.head.cls_logits.bias is none"
+        message = "must map names to arrays; rpn.head.cls_logits.bias is not an array"
         with pytest.raises(ValueError, match=message):
             load_torchvision_weights(model, weights)
 
-    def test_whole_numbers(self, model):
+    def test_integers(self, model):
         weights = random_weights(model, 6)
         weights["rpn.head.cls_logits.bias"] = np.zeros(3, "int32")
-        message = r"rpn.head.cls_logits.bias of dtype int32 is not all finite numbers"
+        message = r"rpn.head.cls_logits.bias of dtype int32 is not finite floats"
         with pytest.raises(ValueError, match=message):
             load_torchvision_weights(model, weights)
 
     def test_no_file(self, model, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"missing\.npz"):
             load_torchvision_weights(model, tmp_path / "missing.npz")
-        with pytest.raises(ValueError, match=f"'{tmp_path}' is a folder; wanted is"):
+        with pytest.raises(ValueError, match=f"'{tmp_path}' is a folder"):
             load_torchvision_weights(model, tmp_path)
 
 
@@ -183,9 +207,11 @@ def test_another_kind_of_backbone_is_refused():
     for level in range(2, 6):
         x = maps[f"C{level}"] = keras.layers.Conv2D(4, 3, strides=2, padding="same")(x)
     model = small_detector(
-        backbone=keras.Model(images, maps, name="plain"), normalization=None, pyramid_channels=4
+        backbone=keras.Model(images, maps, name="plain"),
+        normalization=None,
+        pyramid={"channels": 4},
     )
-    message = r"those of its ResNets; the model's backbone is 'plain' of type Functional"
+    message = r"must be a ResNet .*; received 'plain' of type Functional"
     with pytest.raises(ValueError, match=message):
         load_torchvision_weights(model, {"x": np.ones(1)})
 
@@ -218,7 +244,7 @@ class TestBackboneWeights:
 
     def test_names_that_do_not_fit(self, backbone, weights):
         del weights["conv1.weight"]
-        with pytest.raises(ValueError, match=r"1 missing \(conv1.weight\), 0 left over"):
+        with pytest.raises(ValueError, match=r"1 missing \(conv1.weight\), 0 unexpected"):
             load_backbone_weights(backbone, weights)
 
     def test_the_builder_loads_them_and_freezes_what_the_papers_freeze(self, weights, tmp_path):
@@ -233,10 +259,13 @@ class TestBackboneWeights:
         assert "stage3_block0_conv1" in trained
         assert not {name for name in trained if name.startswith(("stem", "stage2"))}
         assert not {name for name in trained if "norm" in name}
+        # Unless told otherwise, also where that is the default without these weights.
+        model = small_detector(backbone_weights=path, normalization="batch_norm", frozen_stages=0)
+        assert (model.backbone.normalization, model.backbone.frozen_stages) == ("batch_norm", 0)
 
     def test_the_builder_says_where_there_is_no_file(self, tmp_path):
         with pytest.raises(
-            FileNotFoundError, match=r"'imagenet' or a file; there is none at .*resnet18\.npz"
+            FileNotFoundError, match=r"`backbone_weights` .*'imagenet' .*resnet18\.npz'"
         ):
             keras_fpn.build_fpn_faster_rcnn(
                 backbone="resnet18", backbone_weights=tmp_path / "resnet18.npz"
