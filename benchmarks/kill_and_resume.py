@@ -1,14 +1,14 @@
-"""Kills a run at random, starts it again each time, and compares it with one left alone.
+"""Kills a run at random, resumes it each time, and compares it with one left alone.
 
     python benchmarks/kill_and_resume.py --output /tmp/kills --kills 20
     python benchmarks/kill_and_resume.py --output /tmp/workers --kills 2 --workers 2
 
-Two runs of the demo's recipe train on the demo's data. One is left alone. The other is killed with
+Two runs of the demo recipe train on the demo data set. One is left alone. The other is killed with
 SIGKILL, half of the times at a random moment after its start and half of the times while it writes
-a checkpoint, and started again with the same command. Of several workers, on loopback, one is
-killed, and the time is taken until the others have ended by themselves. At the end every array of
-both last checkpoints is compared bit for bit: weights, batch norms' statistics, momentum, step
-count, samplers' seeds. Options that it does not know go to train.py.
+a checkpoint, and resumed with the same command. With several workers, on loopback, one is killed,
+and the time until the others end by themselves is measured. Finally every array of both last
+checkpoints is compared bit for bit: weights, moving statistics, momentum, step count and seeds.
+Unknown options are passed to `keras-fpn train`.
 """
 
 import argparse
@@ -28,8 +28,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -38,14 +36,17 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="new folder for data and runs")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--longest-life", type=float, default=60, help="seconds (default: 60)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument(
+        "--longest-life", type=float, default=60, help="seconds until a kill, at most (default: 60)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
     options, of_training = parser.parse_known_args()
     options.output.mkdir(parents=True)
     data = options.output / "data"
-    finish([start_program("demo_dataset.py", "--data-dir", data)])
+    finish([start_program("-m", "keras_fpn.data.demo_dataset", "--data-dir", data)])
     command = [
-        *("train.py", "--recipe", "demo", "--dataset", "keras_fpn_shapes", "--data-dir", data),
+        *("-c", "from keras_fpn.runs.command import main; main()", "train", "--recipe", "demo"),
+        *("--dataset", "keras_fpn_shapes", "--data-dir", data),
         *("--verbose", "0", *of_training, "--output"),
     ]
 
@@ -105,18 +106,15 @@ def main() -> None:
     sys.exit(f"different: {differing}" if differing else 0)
 
 
-def start_program(
-    name: str, *arguments: str | Path, tf_config: dict | None = None
-) -> subprocess.Popen:
+def start_program(*arguments: str | Path, tf_config: dict | None = None) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
     if tf_config is not None:
         environment["TF_CONFIG"] = json.dumps(tf_config)
-    command = [sys.executable, ROOT / "training" / name, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment)
+    return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment)
 
 
 def start_workers(number: int, *command: str | Path) -> list[subprocess.Popen]:
-    """One process, or several that know of each other."""
+    """Starts one process, or the workers of a cluster on loopback."""
     if number == 1:
         return [start_program(*command)]
     servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
@@ -139,7 +137,7 @@ def finish(processes: list[subprocess.Popen]) -> None:
 
 
 def wait(processes: list[subprocess.Popen], is_time: Callable[[], bool]) -> None:
-    """Until it is time, or one of the processes has ended."""
+    """Waits until it is time, or one of the processes has ended."""
     while not is_time() and all(process.poll() is None for process in processes):
         time.sleep(0.001)
 
@@ -147,7 +145,7 @@ def wait(processes: list[subprocess.Popen], is_time: Callable[[], bool]) -> None
 def wait_for_writing(
     processes: list[subprocess.Popen], run: Path, begun: float, number: int
 ) -> None:
-    """Until a process that began at a time writes its checkpoint of a number, from 1 on."""
+    """Waits until the processes write their `number`-th checkpoint since a time."""
     seen = set()
 
     def is_time() -> bool:
@@ -158,10 +156,10 @@ def wait_for_writing(
 
 
 def unfinished_checkpoints(run: Path, since: float) -> list[Path]:
-    """Checkpoints that were begun after a time, and do not have their name yet."""
+    """Returns checkpoints begun after a time that do not have their final name yet."""
     found = []
     for file in run.glob("checkpoints/.partial-step-*"):
-        # It may just get its name.
+        # It may be renamed meanwhile.
         with contextlib.suppress(FileNotFoundError):
             if file.stat().st_mtime >= since:
                 found.append(file)
@@ -169,7 +167,7 @@ def unfinished_checkpoints(run: Path, since: float) -> list[Path]:
 
 
 def last_checkpoint(run: Path) -> dict[str, np.ndarray]:
-    """Every array of a run's last checkpoint by its name."""
+    """Returns every array of a run's last checkpoint by its name."""
     file = max(run.glob("checkpoints/step-*.keras"))
     arrays = {}
     with zipfile.ZipFile(file) as archive:

@@ -37,7 +37,11 @@ class RunContext:
         model: the model that is trained.
         recipe: the run's hyperparameters.
         steps_per_epoch: steps per epoch.
+        batches: function of `start_step`, and optionally `shard` and `num_shards`, to the training
+            batches from a step on.
+        skipped: report of the training pipeline.
         evaluation: evaluates the model on the validation split.
+        stop: signal that ends the run.
         state: progress of the run. `SaveCheckpoints` updates `steps` and `curves` after each step,
             `EvaluateEpochs` the rest after each epoch.
         step: values of the last step: the losses, `gradient_norm`, `rpn_positives`,
@@ -50,8 +54,11 @@ class RunContext:
     model: keras.Model
     recipe: Recipe
     steps_per_epoch: int
+    batches: Callable[..., tf.data.Dataset]
+    skipped: SkipReport
     evaluation: Evaluation
     state: RunState
+    stop: StopSignal = dataclasses.field(default_factory=StopSignal)
     step: dict[str, float] = dataclasses.field(default_factory=dict)
     scores: CocoEvaluation | None = None
     results: Sequence[Mapping] = ()
@@ -109,31 +116,17 @@ class RunCallback(keras.callbacks.Callback):
         """Called after each training step of this process, with the means over the epoch."""
 
 
-def run_callbacks(
-    run: RunContext, batch_at: Callable, skipped: SkipReport, stop: StopSignal, images: Mapping
-) -> list[RunCallback]:
+def run_callbacks(run: RunContext) -> list[RunCallback]:
     """Creates the callbacks of a run, in the order in which they must be called.
 
     - `MeasureSteps` is first: it sets `run.step`, which the others read.
     - `StopOnNaN` comes before `SaveCheckpoints`: a step that failed is neither counted nor saved.
     - `SaveCheckpoints` counts the step, so that what follows sees the number of steps taken.
     - `EvaluateEpochs` adds the metrics to the logs, which `WriteTensorBoard` reads.
-
-    Args:
-        run: context of the run.
-        batch_at: step to its batch, as the pipeline creates it.
-        skipped: report of the training pipeline.
-        stop: signal that ends the run.
-        images: images of the validation split to draw, image id to RGB array.
     """
-    callbacks = [
-        MeasureSteps(run),
-        StopOnNaN(run, batch_at),
-        SaveCheckpoints(run, stop),
-        EvaluateEpochs(run),
-    ]
+    callbacks = [MeasureSteps(run), StopOnNaN(run), SaveCheckpoints(run), EvaluateEpochs(run)]
     if run.is_writer:
-        callbacks += [ReportSkipped(run, skipped), WriteTensorBoard(run, images)]
+        callbacks += [ReportSkipped(run), WriteTensorBoard(run)]
     return callbacks
 
 
@@ -153,7 +146,9 @@ class MeasureSteps(RunCallback):
 
     def on_step(self, logs):
         self.times.append(time.perf_counter())
-        logs["learning_rate"] = learning_rate(self.model)
+        logs["learning_rate"] = float(
+            keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)
+        )
         if len(self.times) > 1:
             seconds = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
             logs["images_per_second"] = self.run.recipe.batch_size / seconds
@@ -172,17 +167,9 @@ def _rates(values: Mapping) -> dict:
 class StopOnNaN(RunCallback):
     """Ends the run at a NaN or infinite loss or gradient, and saves the batch that caused it.
 
-    Args:
-        run: context of the run.
-        batch_at: step to its batch, as the pipeline creates it.
-
     Raises:
         FloatingPointError: it names the ids of the batch's images.
     """
-
-    def __init__(self, run: RunContext, batch_at: Callable):
-        super().__init__(run)
-        self.batch_at = batch_at
 
     def on_step(self, logs):
         names = list(self.model.loss_names)
@@ -193,7 +180,7 @@ class StopOnNaN(RunCallback):
         if not wrong:
             return
         step = self.run.state.steps
-        inputs, targets = self.batch_at(step)
+        inputs, targets = next(iter(self.run.batches(start_step=step).take(1)))
         ids = [int(image_id) for image_id in targets["image_ids"]]
         file = self.run.output / f"nan-step-{step}.npz"
         if self.run.is_writer:
@@ -211,17 +198,9 @@ class StopOnNaN(RunCallback):
 class SaveCheckpoints(RunCallback):
     """Counts the steps, writes checkpoints, and ends the run after a signal.
 
-    Args:
-        run: context of the run.
-        stop: the signal.
-
     Raises:
-        Interrupted: after `stop` was received and the checkpoint is written.
+        Interrupted: after the signal was received and a checkpoint is written.
     """
-
-    def __init__(self, run: RunContext, stop: StopSignal):
-        super().__init__(run)
-        self.stop = stop
 
     def on_epoch_begin(self, epoch, logs=None):
         # `fit` has just reset them; the epoch may have begun in an earlier process.
@@ -243,7 +222,7 @@ class SaveCheckpoints(RunCallback):
         """Returns the signal that any worker received: all stop after the same step."""
         strategy = self.model.distribute_strategy
         received = np.zeros(num_workers(strategy), np.int32)
-        received[worker_index(strategy)] = self.stop.received
+        received[worker_index(strategy)] = self.run.stop.received
         return int(sum_over_workers(strategy, received).max())
 
 
@@ -293,36 +272,24 @@ def _table(rows: list[dict], columns: tuple[str, ...]) -> str:
 
 
 class ReportSkipped(RunCallback):
-    """Prints after each epoch what was skipped of the training data, and lists it in skipped.json.
-
-    Args:
-        run: context of the run.
-        report: report of the training pipeline.
-    """
-
-    def __init__(self, run: RunContext, report: SkipReport):
-        super().__init__(run)
-        self.report = report
+    """Reports after each epoch what was skipped of the training data, and writes skipped.json."""
 
     def on_epoch_end(self, epoch, logs=None):
-        report_skipped(self.report, "training data")
-        if str(self.report):
-            skipped = {"images": self.report.images(), "boxes": self.report.boxes()}
-            write_text(self.run.output / "skipped.json", json.dumps(skipped, indent=2) + "\n")
+        report = self.run.skipped
+        report_skipped(report, "training data")
+        if str(report):
+            content = {"images": report.images(), "boxes": report.boxes()}
+            write_text(self.run.output / "skipped.json", json.dumps(content, indent=2) + "\n")
 
 
 class WriteTensorBoard(RunCallback):
-    """Writes scalars of steps and evaluations, and pictures of detections beside ground truth.
+    """Writes scalars of steps and evaluations, and pictures of detections beside ground truth."""
 
-    Args:
-        run: context of the run.
-        images: images of the validation split to draw, image id to RGB array.
-    """
-
-    def __init__(self, run: RunContext, images: Mapping):
+    def __init__(self, run: RunContext):
         super().__init__(run)
         self.writer = tf.summary.create_file_writer(str(run.output / "logs"))
-        self.images = images
+        drawn = [image["id"] for image in run.evaluation.ground_truth["images"][:4]]
+        self.images = run.evaluation.dataset.read_images(drawn)
 
     def on_step(self, logs):
         if self.run.state.steps % self.run.log_every:
@@ -353,11 +320,6 @@ class WriteTensorBoard(RunCallback):
                 evaluation.dataset.category_ids,
             )
             tf.summary.image(f"detections/{image_id}", np.asarray(picture)[None])
-
-
-def learning_rate(model: keras.Model) -> float:
-    """Returns the learning rate of the next step."""
-    return float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
 
 
 @contextlib.contextmanager

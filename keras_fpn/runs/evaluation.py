@@ -38,7 +38,16 @@ class Evaluation:
         self.dataset = dataset
         self.strategy = model.distribute_strategy
         self.images_per_replica = max(1, batch_size // self.strategy.num_replicas_in_sync)
-        self.edges = {"shorter_edge": shorter_edge, "longest_edge": longest_edge}
+        self.report = SkipReport()
+        self.batches = evaluation_batches(
+            dataset,
+            self.images_per_replica * replicas_of_worker(self.strategy),
+            shorter_edge=shorter_edge,
+            longest_edge=longest_edge,
+            shard=worker_index(self.strategy),
+            num_shards=num_workers(self.strategy),
+            report=self.report,
+        )
         self.ground_truth = dataset.coco_ground_truth()
 
         def on_replicas(inputs):
@@ -49,20 +58,11 @@ class Evaluation:
 
     def run(self) -> tuple[CocoEvaluation, list[dict]]:
         """Returns COCO's metrics and the detections in COCO's results format, on every worker."""
-        report = SkipReport()
-        replicas = replicas_of_worker(self.strategy)
-        batches = evaluation_batches(
-            self.dataset,
-            self.images_per_replica * replicas,
-            **self.edges,
-            shard=worker_index(self.strategy),
-            num_shards=num_workers(self.strategy),
-            report=report,
-        )
         results = []
-        for inputs, info in batches:
+        for inputs, info in self.batches:
             # The last batch of a bucket may be short; filling it up avoids another trace.
-            rows = np.arange(self.images_per_replica * replicas) % len(info["image_ids"])
+            rows = np.arange(self.images_per_replica * replicas_of_worker(self.strategy))
+            rows %= len(info["image_ids"])
             shares = self.strategy.experimental_distribute_values_from_function(
                 lambda context, inputs=inputs, rows=rows: self._share(context, inputs, rows)
             )
@@ -78,8 +78,8 @@ class Evaluation:
                 self.dataset.category_ids,
             )
         # Boxes skipped in the batches do not matter: the ground truth is read elsewhere.
-        if report.images():
-            names = ", ".join(f"{name} ({why})" for name, why in report.images().items())
+        if self.report.images():
+            names = ", ".join(f"{name} ({why})" for name, why in self.report.images().items())
             name = f"{self.dataset.name} ({self.dataset.split})"
             print(f"\n{name}: not evaluated: {names}", flush=True)
         results = self._of_all_workers(results)

@@ -78,8 +78,10 @@ def read_arguments(module: str, name: str) -> dict[str, Argument]:
 
 
 def everyday_aliases() -> dict[str, str]:
-    """Returns the builder's arguments that are arguments of a stage, `{"anchor_sizes":
-    "anchors.sizes", ...}`: those documented as "`sizes` of `AnchorGenerator`."
+    """Returns the builder's arguments that are a stage's, with the stage's dotted names.
+
+    They are documented as in "`sizes` of `AnchorGenerator`."; here, `anchor_sizes` is the alias of
+    `anchors.sizes`.
     """
     stages = {class_name: stage for stage, class_name in stage_classes().items()}
     aliases = {}
@@ -91,9 +93,7 @@ def everyday_aliases() -> dict[str, str]:
 
 
 def model_arguments() -> dict[str, Argument]:
-    """Returns the arguments of the model that are options, `{"backbone": ..., "anchor_sizes": ...,
-    "proposals.post_nms": ...}`, in the order of the builder and of the stages.
-    """
+    """Returns the arguments of the model that are options, those of stages with dotted names."""
     stages = stage_classes()
     of_stages = {
         f"{stage}.{name}": argument

@@ -27,7 +27,7 @@ from keras_fpn.runs.recipes import Recipe
 from keras_fpn.runs.report import write_report
 from keras_fpn.runs.run_folder import claim_run
 from keras_fpn.runs.run_state import RunState, checkpoint_file, checkpoints, read_checkpoint
-from keras_fpn.runs.stop_signal import Interrupted, StopSignal
+from keras_fpn.runs.stop_signal import Interrupted
 from keras_fpn.runs.strategies import (
     choose_strategy,
     gather_from_workers,
@@ -55,11 +55,24 @@ def train(options: Run, recipe: Recipe) -> None:
         model.compile(build_optimizer(recipe, steps), jit_compile=options.jit_compile)
         model.optimizer.build(model.trainable_variables)
     configuration = configuration_of(options, recipe, train_data, model)
-    with exits_on_bad_input():
-        state = resume(model, options.output, configuration)
     edges = {"shorter_edge": recipe.evaluation_shorter_edge, "longest_edge": recipe.longest_edge}
-    evaluation = Evaluation(model, validation_data, recipe.batch_size, **edges)
-    run = RunContext(options.output, model, recipe, steps, evaluation, state)
+    skipped = SkipReport()
+    batches = functools.partial(
+        training_batches,
+        train_data,
+        recipe.batch_size,
+        shorter_edges=recipe.shorter_edges,
+        longest_edge=recipe.longest_edge,
+        horizontal_flip=recipe.horizontal_flip,
+        keep_empty_images=recipe.keep_empty_images,
+        seed=recipe.seed,
+        report=skipped,
+    )
+    with exits_on_bad_input():
+        evaluation = Evaluation(model, validation_data, recipe.batch_size, **edges)
+        state = resume(model, options.output, configuration)
+        data = on_replicas(strategy, recipe.batch_size, state.steps, batches)
+    run = RunContext(options.output, model, recipe, steps, batches, skipped, evaluation, state)
     steps_before, started = state.steps, time.time()
     if run.is_writer:
         print(
@@ -71,7 +84,7 @@ def train(options: Run, recipe: Recipe) -> None:
             flush=True,
         )
     if state.epochs < recipe.epochs:
-        fit(run, train_data, options.verbose if run.is_writer else 0)
+        fit(run, data, options.verbose if run.is_writer else 0)
     elif not is_report_missing(run):
         print(f"The run in {options.output} is complete; see {options.output / 'report.html'}.")
         return
@@ -237,38 +250,18 @@ def resume(model: keras_fpn.FasterRCNN, output: Path, configuration: dict) -> Ru
     return read_checkpoint(model, file)
 
 
-def fit(run: RunContext, train_data: DetectionDataset, verbose: int) -> None:
+def fit(run: RunContext, data: tf.data.Dataset | tf.distribute.DistributedDataset, verbose: int):
     """Trains until the last epoch; exits if the run is stopped, or fails for outside reasons."""
-    model, recipe, state = run.model, run.recipe, run.state
-    skipped = SkipReport()
-    batches = functools.partial(
-        training_batches,
-        train_data,
-        recipe.batch_size,
-        shorter_edges=recipe.shorter_edges,
-        longest_edge=recipe.longest_edge,
-        horizontal_flip=recipe.horizontal_flip,
-        keep_empty_images=recipe.keep_empty_images,
-        seed=recipe.seed,
-        report=skipped,
-    )
-    pictured = [image["id"] for image in run.evaluation.ground_truth["images"][:4]]
-    with StopSignal() as stop, exits_on_failure(run):
-        model.fit(
-            on_replicas(model.distribute_strategy, recipe.batch_size, state.steps, batches),
-            initial_epoch=state.epochs,
-            initial_step=state.steps - state.epochs * run.steps_per_epoch,
-            epochs=recipe.epochs,
+    with run.stop, exits_on_failure(run):
+        run.model.fit(
+            data,
+            initial_epoch=run.state.epochs,
+            initial_step=run.state.steps - run.state.epochs * run.steps_per_epoch,
+            epochs=run.recipe.epochs,
             steps_per_epoch=run.steps_per_epoch,
             shuffle=False,
             verbose=verbose,
-            callbacks=run_callbacks(
-                run,
-                batch_at=lambda step: next(iter(batches(start_step=step).take(1))),
-                skipped=skipped,
-                stop=stop,
-                images=run.evaluation.dataset.read_images(pictured) if run.is_writer else {},
-            ),
+            callbacks=run_callbacks(run),
         )
 
 
@@ -284,8 +277,7 @@ def on_replicas(
         strategy: the strategy.
         batch_size: images per step, over all replicas.
         start_step: step of the first batch.
-        batches: function of `start_step`, `shard` and `num_shards` to a worker's rows of all
-            batches from a step on.
+        batches: as in `RunContext`.
     """
     replicas = strategy.num_replicas_in_sync
     if replicas == 1:

@@ -379,6 +379,10 @@ def test_bad_input_ends_in_one_sentence(run, folder, tmp_path):
         train.main(f"--dataset {folder} --train-split sliver --output {tmp_path / 'y'}".split())
     with pytest.raises(SystemExit, match=r"--epochs .* received 0"):
         train.main([*train_arguments(folder, tmp_path / "y"), "--epochs", "0"])
+    with pytest.raises(SystemExit, match=r"shorter_edges.*0"):
+        train.main([*train_arguments(folder, tmp_path / "y"), "--shorter-edges", "0"])
+    with pytest.raises(SystemExit, match=r"shorter_edge.*-3"):
+        train.main([*train_arguments(folder, tmp_path / "y"), "--evaluation-shorter-edge=-3"])
     # Of the model, as of the run.
     with pytest.raises(SystemExit, match=r"nms_iou_threshold.* received 1\.5"):
         train.main([*train_arguments(folder, tmp_path / "y"), "--proposals.nms-iou-threshold=1.5"])
