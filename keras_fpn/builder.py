@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_fpn.anchors import AnchorGenerator
 from keras_fpn.backbones import BACKBONES, resolve_backbone
@@ -23,7 +22,7 @@ from keras_fpn.resnet import ResNet
 from keras_fpn.roi_align import PyramidRoIAlign
 from keras_fpn.rpn import RPNHead
 from keras_fpn.targets import RoITargets, RPNTargets
-from keras_fpn.validation import did_you_mean
+from keras_fpn.validation import check_image_shape, did_you_mean
 from keras_fpn.weights.pretrained import Pretrained, open_detector
 from keras_fpn.weights.published import find_classifier
 from keras_fpn.weights.torchvision import load_backbone_weights
@@ -46,8 +45,15 @@ STAGES = {
 }
 COMMON = ("name", "dtype", "trainable")
 # Arguments of stages that follow from other stages or from the builder's own arguments.
-DERIVED = (*COMMON, "image_shape", "depth", "groups", "width_per_group")
-DERIVED += ("anchors_per_location", "num_classes")
+DERIVED = (
+    *COMMON,
+    "image_shape",
+    "depth",
+    "groups",
+    "width_per_group",
+    "anchors_per_location",
+    "num_classes",
+)
 
 
 def build_fpn_faster_rcnn(
@@ -169,7 +175,11 @@ def build_fpn_faster_rcnn(
     )
     if num_classes is None and isinstance(box_head, keras.layers.Layer):
         num_classes = box_head.num_classes
-    arguments = {"class_names": class_names, "image_shape": image_shape, "name": name}
+    arguments: dict[str, Any] = {
+        "class_names": class_names,
+        "image_shape": image_shape,
+        "name": name,
+    }
     if weights is None:
         if num_classes is None:
             num_classes = 80 if class_names is None else len(class_names)
@@ -258,9 +268,7 @@ def _build(
                 )
         return value
 
-    image_shape = (None, None, 3) if image_shape is None else image_shape
-    if np.shape(image_shape) != (3,) or image_shape[-1] != 3:
-        raise ValueError(f"`image_shape` must be (height, width, 3); received {image_shape!r}.")
+    image_shape = check_image_shape((None, None, 3) if image_shape is None else image_shape)
     resnet = given["resnet"]
     if backbone_weights is not None:
         # What the papers freeze.
@@ -336,11 +344,11 @@ def _build_pretrained(
 
 def _arguments_of_stages(trained: Pretrained) -> dict[str, Any]:
     """Returns the stages of a trained detector as arguments, custom ones as copies."""
-    stages = dict(trained.stages)
+    stages: dict[str, Any] = dict(trained.stages)
     if isinstance(trained.backbone, ResNet):
         stages["resnet"] = trained.backbone
     for stage, layer in stages.items():
-        if not isinstance(layer, keras.layers.Layer):
+        if isinstance(layer, dict):
             continue
         if type(layer) is not STAGES[stage]:
             stages[stage] = type(layer).from_config(layer.get_config())

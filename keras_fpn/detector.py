@@ -11,6 +11,7 @@ from keras_fpn.matcher import real_objects
 from keras_fpn.replicas import num_replicas
 from keras_fpn.typing import Tensor
 from keras_fpn.validation import (
+    check_image_shape,
     check_images,
     check_target_structure,
     check_training_data,
@@ -103,11 +104,7 @@ class Detector(keras.Model):
                     f"{type(self).__name__} has the stages {', '.join(self.stage_names)}; "
                     f"{stage!r} {problem}{did_you_mean(stage, self.stage_names)}"
                 )
-        self.image_shape = tuple(image_shape)
-        if len(self.image_shape) != 3 or self.image_shape[-1] != 3:
-            raise ValueError(
-                f"`image_shape` must be (height, width, 3); received {self.image_shape}."
-            )
+        self.image_shape = check_image_shape(image_shape)
 
         # === Layers ===
         for stage in self.stage_names:

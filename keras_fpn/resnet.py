@@ -5,6 +5,7 @@ which Lin et al. use them (arXiv 1612.03144, section 3): the output of each stag
 block, without the classifier.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import keras
@@ -12,7 +13,7 @@ from keras import ops
 
 from keras_fpn.normalization import NORMALIZATIONS, normalization_layer
 from keras_fpn.typing import Tensor
-from keras_fpn.validation import check_choice, check_int, check_non_negative
+from keras_fpn.validation import check_choice, check_image_shape, check_int, check_non_negative
 
 # Residual blocks in C2, C3, C4 and C5 for each depth. From 50 on the blocks are bottlenecks.
 STAGE_BLOCKS = {
@@ -91,7 +92,7 @@ class ResNet(keras.Model):
         normalization: str | None = "batch_norm",
         norm_epsilon: float = 1e-5,
         frozen_stages: int = 0,
-        image_shape: tuple[int | None, int | None, int] = (None, None, 3),
+        image_shape: Sequence[int | None] = (None, None, 3),
         name: str | None = None,
         trainable: bool = True,
         dtype: str | keras.DTypePolicy | None = None,
@@ -120,9 +121,7 @@ class ResNet(keras.Model):
                 "`frozen_stages` must be at most 5 (stem, C2, C3, C4 and C5); received "
                 f"{frozen_stages}."
             )
-        image_shape = tuple(image_shape)
-        if len(image_shape) != 3 or image_shape[-1] != 3:
-            raise ValueError(f"`image_shape` must be (height, width, 3); received {image_shape}.")
+        image_shape = check_image_shape(image_shape)
         dtype = keras.dtype_policies.get(dtype)
 
         # === Layers ===
@@ -147,13 +146,13 @@ class ResNet(keras.Model):
                 if bottleneck:
                     width = filters * width_per_group // 64 * groups
                     strides_1x1, strides_3x3 = (strides, 1) if stride_in_1x1 else (1, strides)
-                    convolutions = (
+                    convolutions = [
                         (width, 1, strides_1x1, 1),
                         (width, 3, strides_3x3, groups),
                         (4 * filters, 1, 1, 1),
-                    )
+                    ]
                 else:
-                    convolutions = ((filters, 3, strides, 1), (filters, 3, 1, 1))
+                    convolutions = [(filters, 3, strides, 1), (filters, 3, 1, 1)]
                 x = _residual_block(
                     x, convolutions, convolve, normalize, f"stage{stage}_block{block}", dtype
                 )

@@ -3,7 +3,7 @@
 import difflib
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import keras
 import numpy as np
@@ -57,6 +57,17 @@ def check_choice(argument: str, value, choices: Iterable[str]) -> str:
             f"{value!r}{did_you_mean(value, choices)}"
         )
     return value
+
+
+def check_image_shape(image_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+    """Returns the shape of an image, `(height, width, 3)`, as a tuple.
+
+    Raises:
+        ValueError: if it has not three entries, or not three channels.
+    """
+    if isinstance(image_shape, int) or len(image_shape) != 3 or image_shape[-1] != 3:
+        raise ValueError(f"`image_shape` must be (height, width, 3); received {image_shape!r}.")
+    return tuple(image_shape)
 
 
 def did_you_mean(name, known: Iterable[str]) -> str:

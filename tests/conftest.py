@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 from data_sets import _encode, _plain, coco_folder, shapes_dir  # noqa: F401 - fixtures
-from small_detector import small_detector
+from small_detector import tiny_detector
 
 import keras_fpn
 
@@ -43,4 +43,4 @@ def targets() -> dict:
 def detector() -> keras_fpn.FasterRCNN:
     """A small detector whose weights no test changes."""
     keras.utils.set_random_seed(0)
-    return small_detector()
+    return tiny_detector()

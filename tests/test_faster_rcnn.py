@@ -80,7 +80,7 @@ def test_predict_concatenates_batches_of_a_data_set(detector, images):
 
 @pytest.mark.parametrize("bounding_box_format", ["rel_yxyx", "center_xywh"])
 def test_detections_come_in_the_format_asked_for(detector, images, bounding_box_format):
-    other = small_detector(bounding_box_format=bounding_box_format)
+    other = tiny_detector(bounding_box_format=bounding_box_format)
     other.set_weights(detector.get_weights())
     expected = arrays(detector(images))["boxes"]
     boxes = arrays(other(images))["boxes"]

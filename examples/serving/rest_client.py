@@ -51,7 +51,7 @@ def draw_answer(images: list[str], outputs: dict, folder: str, score_threshold: 
         images: paths of the images.
         outputs: of the server, as nested lists or arrays.
         folder: where the drawings are written.
-        score_threshold: detections with a lower score are skipped.
+        score_threshold: detections with a score above this are drawn.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     for row, name in enumerate(images):
@@ -60,7 +60,7 @@ def draw_answer(images: list[str], outputs: dict, folder: str, score_threshold: 
         font = ImageFont.load_default(size=max(12, picture.height // 40))
         for i in range(int(outputs["num_detections"][row])):
             score = float(outputs["detection_scores"][row][i])
-            if score < score_threshold:
+            if score <= score_threshold:
                 break  # Detections are sorted by score.
             label = int(outputs["detection_classes"][row][i])
             named = outputs.get("detection_class_names")

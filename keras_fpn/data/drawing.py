@@ -37,7 +37,7 @@ def draw_detections(
             `detect`, boxes as xyxy in pixels of `image`. Rows of label -1 are ignored. Without
             "scores" (ground truth) all boxes are drawn.
         class_names: class name of each label. Defaults to None, which shows the labels themselves.
-        score_threshold: minimum score of the boxes to draw.
+        score_threshold: boxes with a score above this are drawn.
 
     Returns:
         A new `PIL.Image.Image` in RGB, of the size of `image`.
@@ -147,7 +147,7 @@ def _drawn_rows(detections: Mapping, score_threshold: float) -> tuple:
     drawn = (labels >= 0) & np.isfinite(boxes).all(axis=1)
     if scores is None:
         return boxes[drawn], None, labels[drawn].astype(int)
-    rows = np.flatnonzero(drawn & (scores >= score_threshold))
+    rows = np.flatnonzero(drawn & (scores > score_threshold))
     rows = rows[np.argsort(-scores[rows], kind="stable")]
     return boxes[rows], scores[rows], labels[rows].astype(int)
 

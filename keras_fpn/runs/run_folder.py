@@ -116,7 +116,8 @@ def load_detector(path: str | os.PathLike) -> tuple["FasterRCNN", dict]:
         ConnectionError: if published weights cannot be downloaded.
         ValueError: if the file does not hold a detector.
     """
-    import keras_fpn
+    # The package's public names register all classes with Keras.
+    from keras_fpn import build_fpn_faster_rcnn
     from keras_fpn.data.coco_classes import COCO_CLASS_NAMES, COCO_IDS_AND_NAMES
     from keras_fpn.weights.pretrained import is_keras_file, load_keras_file
     from keras_fpn.weights.published import DETECTORS
@@ -140,7 +141,7 @@ def load_detector(path: str | os.PathLike) -> tuple["FasterRCNN", dict]:
     config_file = file.resolve().parent.parent / "config.json"
     if is_keras and file.parent.name == "checkpoints" and config_file.exists():
         return load_keras_file(file), read_configuration(config_file)
-    model = load_keras_file(file) if is_keras else keras_fpn.build_fpn_faster_rcnn(weights=file)
+    model = load_keras_file(file) if is_keras else build_fpn_faster_rcnn(weights=file)
     if model.class_names is None:
         return model, {}
     configuration = {"class_names": list(model.class_names)}

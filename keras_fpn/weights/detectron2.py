@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -59,10 +60,10 @@ def detectron2_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int 
     backbone = resnet_name(
         blocks,
         f"{BOTTOM_UP}res2.0.conv3.weight" in arrays,
-        np.shape(arrays.get(f"{BOTTOM_UP}res2.0.conv2.weight")),
+        np.shape(arrays.get(f"{BOTTOM_UP}res2.0.conv2.weight", ())),
     )
     grouped = backbone.startswith("resnext")
-    preprocessing = {"channel_order": "bgr"}
+    preprocessing: dict[str, Any] = {"channel_order": "bgr"}
     if not grouped:
         preprocessing["std"] = (1.0, 1.0, 1.0)
     for argument in ("mean", "std"):
@@ -73,7 +74,7 @@ def detectron2_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int 
         cell = arrays.get(f"proposal_generator.anchor_generator.cell_anchors.{level}")
         if cell is not None:
             _check_anchors(np.asarray(cell), 32 * 2**level)
-    stages = {
+    stages: dict[str, dict[str, Any]] = {
         "preprocessing": preprocessing,
         "resnet": {
             "normalization": normalization_kind(arrays, f"{BOTTOM_UP}stem.conv1.norm"),
@@ -191,10 +192,11 @@ def _backbone_plan(backbone) -> list[Entry]:
         if layer.name.startswith("stem"):
             name = f"{BOTTOM_UP}stem.conv1"
         else:
-            stage, block, part = re.fullmatch(
-                r"stage(\d)_block(\d+)_(shortcut|conv\d|norm\d)\w*", layer.name
-            ).groups()
-            name = f"{BOTTOM_UP}res{stage}.{block}.{part.replace('norm', 'conv')}"
+            stage, block, part, *_ = layer.name.split("_")
+            part = part.replace("norm", "conv")
+            name = (
+                f"{BOTTOM_UP}res{stage.removeprefix('stage')}.{block.removeprefix('block')}.{part}"
+            )
         if "norm" in layer.name:
             plan += normalization(f"{name}.norm", layer)
         else:

@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 
 
 def convolution(
-    name: str, layer: keras.layers.Layer, order: Sequence[int] | None = None
+    name: str, layer: keras.layers.Layer, order: Sequence[int] | np.ndarray | None = None
 ) -> list[Entry]:
     """Returns the entries of a convolution, whose kernel is `[out, in, height, width]` in the file.
 
@@ -177,17 +177,20 @@ def assign(plan: Sequence[Entry], arrays: Mapping[str, np.ndarray]) -> None:
             f"The weights do not fit: {_named('missing', missing)}, "
             f"{_named('unexpected', unexpected)}; nothing was loaded."
         )
-    values, misfits = [], []
+    values: list[np.ndarray] = []
+    misfits = []
     for name, variable, convert in plan:
         array = arrays[name]
         try:
             value = convert(array)
+            fits = value.shape == tuple(variable.shape)
         except (ValueError, IndexError):
-            value = None
-        if value is None or value.shape != tuple(variable.shape):
+            fits = False
+        if not fits:
             misfits.append(f"{name} {array.shape} for {tuple(variable.shape)}")
+            continue
         # NumPy's kind of `bfloat16` is "V".
-        elif array.dtype.kind not in "fV" or not np.isfinite(array.astype("float32")).all():
+        if array.dtype.kind not in "fV" or not np.isfinite(array.astype("float32")).all():
             misfits.append(f"{name} of dtype {array.dtype} is not finite floats")
         values.append(value)
     if misfits:

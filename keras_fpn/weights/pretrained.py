@@ -120,8 +120,10 @@ def _open_torchvision(arrays: Mapping[str, np.ndarray], url: str | None) -> Pret
 def _open_detectron2(contents: Mapping, arrays: Mapping[str, np.ndarray]) -> Pretrained:
     backbone, num_classes, stages = detectron2_architecture(arrays)
     stages["resnet"].setdefault("frozen_stages", 2)
-    # Files of its model zoo name their author; 80 classes are COCO's there.
-    is_coco = "__author__" in contents and num_classes == len(COCO_CLASS_NAMES)
+    class_names = {}
+    if "__author__" in contents and num_classes == len(COCO_CLASS_NAMES):
+        # Files of its model zoo name their author; 80 classes are COCO's there.
+        class_names[num_classes] = COCO_CLASS_NAMES
 
     def load(model, with_classes):
         load_detectron2_arrays(model, arrays, with_classes=with_classes)
@@ -131,7 +133,7 @@ def _open_detectron2(contents: Mapping, arrays: Mapping[str, np.ndarray]) -> Pre
         stages,
         num_classes,
         num_classes or len(COCO_CLASS_NAMES),
-        {num_classes: COCO_CLASS_NAMES} if is_coco else {},
+        class_names,
         load,
     )
 

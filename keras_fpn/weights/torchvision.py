@@ -238,7 +238,7 @@ def _backbone_plan(backbone, prefix) -> list[Entry]:
 def _torchvision_name(layer_name):
     if layer_name.startswith("stem"):
         return {"stem_conv": "conv1", "stem_norm": "bn1"}[layer_name]
-    stage, block, part = re.fullmatch(r"stage(\d)_block(\d+)_(\w+)", layer_name).groups()
+    stage, block, part = layer_name.split("_", 2)
     part = re.sub(r"^norm", "bn", part)
     part = {"shortcut_conv": "downsample.0", "shortcut_norm": "downsample.1"}.get(part, part)
-    return f"layer{int(stage) - 1}.{block}.{part}"
+    return f"layer{int(stage.removeprefix('stage')) - 1}.{block.removeprefix('block')}.{part}"

@@ -28,7 +28,7 @@ from keras_fpn.runs.strategies import choose_strategy, worker_index
 from keras_fpn.runs.training import on_replicas
 
 # Over 20 steps the weights move by 0.1; a difference of rounding stays one.
-LEARNING_RATE = 0.0005
+LEARNING_RATE = 0.00025
 CLIP_NORM = 5.0
 
 

@@ -143,15 +143,25 @@ def test_evaluate_repeats_the_metrics_of_the_run(run, tmp_path, capsys):
     assert {result["image_id"] for result in results} <= set(range(10, 16))
 
 
-def test_a_checkpoint_loads_in_a_process_that_imports_keras_fpn_alone(run):
-    program = (
-        "import keras, keras_fpn, sys; "
-        "print(keras.saving.load_model(sys.argv[1]).optimizer.iterations.numpy())"
-    )
-    checkpoint = str(run / "checkpoints" / "step-00000003.keras")
-    command = [sys.executable, "-c", program, checkpoint]
-    loaded = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert loaded.stdout.strip() == "3", loaded.stderr
+def test_a_model_loads_in_a_process_of_its_own(run):
+    programs = {
+        "step-00000003.keras": "import keras, keras_fpn, sys; "
+        "print(keras.saving.load_model(sys.argv[1]).optimizer.iterations.numpy())",
+        "best.keras": "import sys; from keras_fpn.runs.run_folder import load_detector; "
+        "print(load_detector(sys.argv[1])[0].num_classes)",
+    }
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", program, run / "checkpoints" / name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, program in programs.items()
+    }
+    for name, expected in (("step-00000003.keras", "3"), ("best.keras", "2")):
+        output, errors = processes[name].communicate()
+        assert output.strip() == expected, errors
 
 
 def test_predict_draws_pictures_and_writes_coco_results(run, folder, tmp_path, capsys):
