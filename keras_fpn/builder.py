@@ -350,10 +350,10 @@ def _arguments_of_stages(trained: Pretrained) -> dict[str, Any]:
     for stage, layer in stages.items():
         if isinstance(layer, dict):
             continue
-        if type(layer) is not STAGES[stage]:
-            stages[stage] = type(layer).from_config(layer.get_config())
-            continue
         config = layer.get_config()
+        if type(layer) is not STAGES[stage]:
+            stages[stage] = type(layer).from_config(config)
+            continue
         stages[stage] = {
             argument: config[argument]
             for argument in inspect.signature(type(layer)).parameters
