@@ -1,7 +1,7 @@
 """What test_distributed.py runs in each of its processes: 20 steps and an evaluation.
 
-The detector takes all anchors and all proposals, so that no choice among candidates of nearly equal
-scores can turn a difference of rounding into another sample.
+The detector samples all anchors and all proposals, so that a rounding error cannot change which of
+several candidates of nearly equal scores are chosen.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from keras_fpn.runs.evaluation import Evaluation
 from keras_fpn.runs.strategies import choose_strategy, worker_index
 from keras_fpn.runs.training import on_replicas
 
-# Over 20 steps the weights move by 0.1; a difference of rounding stays one.
+# Over 20 steps the weights move by 0.05; rounding errors stay small.
 LEARNING_RATE = 0.00025
 CLIP_NORM = 5.0
 
@@ -75,9 +75,9 @@ def main() -> None:
 
 
 def optimizer(kind: str) -> keras.optimizers.Optimizer:
-    """SGD, or what acts on the gradients of all replicas together, and averages the weights.
+    """Returns SGD, "scaled" with EMA, and with a loss scale and clipping by the whole gradient.
 
-    The first loss scales overflow. The gradient's norm is 9 in some of the steps, 1 in others.
+    The first loss scale overflows. The gradient's norm is above `CLIP_NORM` in some of the steps.
     """
     if kind == "plain":
         return keras.optimizers.SGD(LEARNING_RATE, momentum=0.9)
@@ -95,7 +95,7 @@ class KeepLosses(keras.callbacks.Callback):
 
 
 def examples() -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Thirty images of noise with three boxes each."""
+    """Returns thirty images of noise with three boxes each."""
     random = np.random.RandomState(0)
     images = random.randint(0, 256, (30, 32, 48, 3)).astype("uint8")
     corners = random.uniform(0, 15, (30, 3, 2))
@@ -104,7 +104,7 @@ def examples() -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def batches(start_step: int, shard: int, num_shards: int) -> tf.data.Dataset:
-    """Six images a batch, of which a worker has its rows."""
+    """Returns a worker's rows of batches of six images."""
     rows = 6 // num_shards
     data = tf.data.Dataset.from_tensor_slices(examples()).batch(6, drop_remainder=True)
     data = data.map(lambda *batch: tf.nest.map_structure(lambda x: x[shard * rows :][:rows], batch))
@@ -112,7 +112,7 @@ def batches(start_step: int, shard: int, num_shards: int) -> tf.data.Dataset:
 
 
 def evaluate(model: keras.Model) -> tuple[dict, list]:
-    """COCO's metrics and the detections of seven images, with a truth that is near to them."""
+    """Returns COCO's metrics and detections of seven images, with a ground truth near to them."""
     images, _ = examples()
     found = {name: np.asarray(value) for name, value in model(images[:7]).items()}
     random = np.random.RandomState(1)

@@ -102,6 +102,7 @@ def test_a_nan_ends_the_run_unless_a_loss_scale_handles_it(run, optimizer, name,
     if optimizer == "scaled":
         scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
         run.model.compile(scaled, jit_compile=False)
+        run.model.optimizer.build(run.model.trainable_variables)
     callback = start(StopOnNaN(run), run.model)
     if not is_failure:
         callback.on_train_batch_end(0, {"loss": 1.0})

@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).with_name("distributed_program.py")
 
 
 def start(workers: int, *arguments: str) -> list[subprocess.Popen]:
-    """The program in as many processes as there are workers; 0 is one process without any."""
+    """Starts the program in as many processes as there are workers; 0 is a single process."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(workers)]
     addresses = [f"127.0.0.1:{server.getsockname()[1]}" for server in sockets]
     for server in sockets:
@@ -46,7 +46,7 @@ def finish(processes: list[subprocess.Popen]) -> None:
 
 @pytest.fixture(scope="module")
 def one(request, tmp_path_factory):
-    """The optimizer, and what one process gets with it."""
+    """The optimizer, and the results of one process with it."""
     file = tmp_path_factory.mktemp("one") / "one.npz"
     finish(start(0, "--output", str(file), "--optimizer", request.param))
     return request.param, np.load(file)
@@ -74,11 +74,11 @@ def test_it_equals_one_process(one, workers, devices, tmp_path):
     assert len(weights) > 50
     for name in weights:
         np.testing.assert_allclose(several[name], one[name], rtol=0, atol=1e-5, err_msg=name)
-    # Weights moved by far more than what they may differ by.
+    # The weights moved by far more than the tolerance.
     assert max(np.abs(one[f"before{name}"] - one[name]).max() for name in weights) > 1e-2
     np.testing.assert_array_equal(several["loss_scale"], one["loss_scale"])
     if optimizer == "scaled":
-        # Some steps were passed over, but not all.
+        # Some steps were skipped, but not all.
         assert 2.0**107 < one["loss_scale"] < 2.0**127
     assert one["losses"].shape == (20, 4)
     np.testing.assert_allclose(several["losses"], one["losses"], rtol=1e-4, atol=1e-6)
