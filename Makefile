@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 # The project's own virtual environment, recreated when the requirements change.
-.venv/ready: requirements.txt setup.cfg pyproject.toml
+.venv/ready: requirements.txt setup.cfg
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
@@ -21,11 +21,12 @@ demo: .venv/ready
 	@echo "Pictures of the detections are in $(DEMO)/found."
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv

@@ -1,12 +1,13 @@
 """Feature Pyramid Networks with Faster R-CNN (Lin et al., CVPR 2017) for Keras 3.
 
-The names below are imported when they are first used, or at once if Keras has been imported
-before, which registers their classes for `keras.saving.load_model`. So `keras-fpn --help` does not
-wait for TensorFlow.
+Importing it registers all classes for `keras.saving.load_model`. In the command `keras-fpn` alone,
+names are imported when they are first used: it answers `--help` and typing errors without waiting
+for TensorFlow.
 """
 
 import importlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ __all__ = sorted(_MODULES)
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # All of them, so that every class is registered once any name is used.
+    # All of them, so that every class is registered.
     for public, module in _MODULES.items():
         globals()[public] = getattr(importlib.import_module(f"keras_fpn.{module}"), public)
     return globals()[name]
@@ -89,5 +90,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_MODULES})
 
 
-if "keras" in sys.modules:
+if Path(sys.argv[0]).stem != "keras-fpn":
     __getattr__("build_fpn_faster_rcnn")

@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 from small_detector import small_detector, tiny_detector
+from subclasses import DoublesTheBoxLoss, DoublesTheLoss, TakesKerasStep, TakesNoStep
 
 from keras_fpn.faster_rcnn import FasterRCNN
-from keras_fpn.monitoring import monitor
 
 tensorflow_only = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="fit() needs the TensorFlow backend"
@@ -190,38 +190,6 @@ def test_the_functional_model_shares_the_layers(detector, images):
     assert_same_detections(model({"images": images, "image_sizes": sizes}), detector(images))
     pooled = keras.Model(model.input, model.get_layer("roi_pooling").output)
     assert pooled({"images": images, "image_sizes": sizes}).shape == (2, 30, 7, 7, 16)
-
-
-class DoublesTheBoxLoss(FasterRCNN):
-    def compute_losses(self, inputs, targets, training=True):
-        losses = super().compute_losses(inputs, targets, training)
-        monitor("box_loss_before", losses["box_loss"])
-        return losses | {"box_loss": 2 * losses["box_loss"]}
-
-
-class DoublesTheLoss(FasterRCNN):
-    def compute_loss(self, *args, **kwargs):
-        return 2 * super().compute_loss(*args, **kwargs)
-
-
-class TakesNoStep(FasterRCNN):
-    def train_step(self, data):
-        return {"loss": keras.ops.cast(keras.ops.shape(data[0])[0], "float32")}
-
-
-class TakesKerasStep(FasterRCNN):
-    """A step as Keras's guide writes it, which leaves the sum over replicas to the optimizer."""
-
-    def train_step(self, data):
-        import tensorflow as tf
-
-        inputs, targets = data
-        with tf.GradientTape() as tape:
-            losses = self.compute_losses(inputs, targets)
-            loss = self.compute_loss(inputs, targets, losses)
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
-        return self.get_metrics_result()
 
 
 def steps(model_class, images, targets, devices=1, use_fit=True, **compile_arguments):

@@ -115,7 +115,11 @@ def test_importing_it_imports_no_data_set_library_evaluator_or_plotting_library(
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_says_what_to_install(installed, program):
-    code = f"{REFUSE_EXTRAS}\nfrom keras_fpn.runs.command import main; main([{program!r}])"
+    code = f"""{REFUSE_EXTRAS}
+sys.argv = ["keras-fpn"]
+from keras_fpn.runs.command import main
+main([{program!r}])
+"""
     run = python("exec(sys.argv[1])", installed, code)
     assert run.returncode == 1
     assert run.stderr.startswith("error: tyro ")
@@ -127,6 +131,7 @@ def command(installed, *arguments):
     """Runs `keras-fpn`, and prints which of the slow libraries it imported."""
     code = f"""
 import atexit, sys
+sys.argv = ["keras-fpn"]
 slow = {{"keras", "tensorflow", "tensorflow_datasets", "jax", "matplotlib"}}
 atexit.register(lambda: print("IMPORTED", slow & set(sys.modules)))
 from keras_fpn.runs.command import main

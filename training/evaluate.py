@@ -2,7 +2,8 @@
 
 import sys
 
-from keras_fpn.runs.command import main
-
 if __name__ == "__main__":
+    sys.argv[0] = "keras-fpn"  # The package then imports Keras only when it is needed.
+    from keras_fpn.runs.command import main
+
     main(["evaluate", *sys.argv[1:]])

@@ -18,10 +18,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 from PIL import Image
-from small_detector import small_detector
+from small_detector import small_detector, tiny_detector
+from subclasses import DoublesTheBoxLoss, DoublesTheLoss, TakesKerasStep
 
 from keras_fpn.data.coco_metrics import COCO_METRICS
 from keras_fpn.data.datasets import load_dataset
+from keras_fpn.faster_rcnn import FasterRCNN
 from keras_fpn.optimization import SGDWithL2
 from keras_fpn.runs.evaluation import Evaluation
 from keras_fpn.runs.strategies import choose_strategy, worker_index
@@ -62,6 +64,7 @@ def main() -> None:
     data = on_replicas(strategy, 6, 0, batches)
     model.fit(data, epochs=2, steps_per_epoch=10, shuffle=False, verbose=0, callbacks=[losses])
     after = model.get_weights()
+    changes = {name: subclass_changes(strategy, name) for name in SUBCLASSES}
     if worker_index(strategy) == 0:
         np.savez(
             options.output,
@@ -71,7 +74,41 @@ def main() -> None:
             evaluated_ids=np.unique([result["image_id"] for result in results]),
             **{f"weight{i}": weight for i, weight in enumerate(after)},
             **{f"beforeweight{i}": weight for i, weight in enumerate(before)},
+            **{f"change of {name}": change for name, change in changes.items()},
         )
+
+
+# Name to a class and the loss weights it is compiled with.
+SUBCLASSES = {
+    "plain": (FasterRCNN, None),
+    "loss_weights": (FasterRCNN, {"box_loss": 2.0}),
+    "compute_losses": (DoublesTheBoxLoss, None),
+    "compute_loss": (DoublesTheLoss, None),
+    "train_step": (TakesKerasStep, None),
+}
+
+
+def subclass_changes(strategy: tf.distribute.Strategy, name: str) -> np.ndarray:
+    """Returns the change of all weights of a tiny detector by one step of SGD."""
+    subclass, loss_weights = SUBCLASSES[name]
+    keras.utils.set_random_seed(0)
+    with strategy.scope():
+        # All anchors and all proposals are samples.
+        config = tiny_detector(
+            rpn_targets={"num_samples": 513},
+            proposals={
+                "training_pre_nms": 384,
+                "training_post_nms": 513,
+                "nms_iou_threshold": 1.0,
+            },
+            roi_targets={"num_samples": 516},
+        ).get_config()
+        model = subclass.from_config(config)
+        model.compile(keras.optimizers.SGD(0.1), loss_weights=loss_weights, jit_compile=False)
+    before = np.concatenate([weight.ravel() for weight in model.get_weights()])
+    data = on_replicas(strategy, 6, 0, batches)
+    model.fit(data, steps_per_epoch=1, shuffle=False, verbose=0)
+    return np.concatenate([weight.ravel() for weight in model.get_weights()]) - before
 
 
 def optimizer(kind: str) -> keras.optimizers.Optimizer:

@@ -82,8 +82,23 @@ def test_it_equals_one_process(one, workers, devices, tmp_path):
         assert 2.0**107 < one["loss_scale"] < 2.0**127
     assert one["losses"].shape == (20, 4)
     np.testing.assert_allclose(several["losses"], one["losses"], rtol=1e-4, atol=1e-6)
+    assert_subclasses_are_honored(one, several)
     # Seven images: neither two nor three divide them.
     np.testing.assert_array_equal(several["evaluated_ids"], one["evaluated_ids"])
     assert set(one["evaluated_ids"]) == set(range(10, 80, 10))
     np.testing.assert_array_equal(several["AP"], one["AP"])
     assert 0 < one["AP"][0] < 1
+
+
+def assert_subclasses_are_honored(one, several):
+    """A model's own losses, step and loss weights have the same effect in both."""
+    changes = {name: one[name] for name in one.files if name.startswith("change of ")}
+    assert len(changes) == 5
+    for name, change in changes.items():
+        np.testing.assert_allclose(several[name], change, rtol=0, atol=1e-5, err_msg=name)
+    plain, weighted, losses, loss, step = changes.values()
+    assert np.abs(plain).max() > 1e-2
+    np.testing.assert_allclose(loss, 2 * plain, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(step, plain, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(weighted, losses, rtol=0, atol=1e-5)
+    assert np.abs(weighted - plain).max() > 5e-5  # Five times the tolerance above.

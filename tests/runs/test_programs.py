@@ -147,7 +147,8 @@ def test_a_model_loads_in_a_process_of_its_own(run):
     programs = {
         "step-00000003.keras": "import keras, keras_fpn, sys; "
         "print(keras.saving.load_model(sys.argv[1]).optimizer.iterations.numpy())",
-        "best.keras": "import sys; from keras_fpn.runs.run_folder import load_detector; "
+        "best.keras": "import sys; sys.argv[0] = 'keras-fpn'; "
+        "from keras_fpn.runs.run_folder import load_detector; "
         "print(load_detector(sys.argv[1])[0].num_classes)",
     }
     processes = {
