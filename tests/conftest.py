@@ -5,7 +5,17 @@ import os
 # Before TensorFlow is imported: tests run on the CPU, with two devices for distribution.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    # Compiling takes the time: nothing runs often.
+    "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+)
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The processes share the cores: one thread each does not wait for another.
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+    os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
 import numpy as np

@@ -107,8 +107,8 @@ def test_fit_lowers_the_losses_then_saves_loads_and_goes_on(images, targets, tmp
     import tensorflow as tf
 
     keras.utils.set_random_seed(0)
-    model = small_detector(normalization="batch_norm")
-    model.compile(keras.optimizers.SGD(0.02, momentum=0.9), jit_compile=False)
+    model = tiny_detector(pyramid={"normalization": "batch_norm"})
+    model.compile(keras.optimizers.SGD(0.005, momentum=0.9), jit_compile=False)
     data = tf.data.Dataset.from_tensors((images, targets)).repeat(8)
     history = model.fit(data, epochs=2, validation_data=data.take(1), verbose=0).history
     assert {"loss", *LOSSES, "val_loss", *(f"val_{name}" for name in LOSSES)} == set(history)

@@ -62,8 +62,8 @@ def test_each_class_has_its_own_constant_color():
 
 def test_padding_and_low_scores_are_not_drawn():
     assert not changed(draw([-1, -1])).any()
-    assert not changed(draw([0], scores=[0.49])).any()
-    assert changed(draw([0], scores=[0.5])).any()
+    assert not changed(draw([0], scores=[0.5])).any()
+    assert changed(draw([0], scores=[0.51])).any()
     assert changed(draw([0], scores=[0.2], score_threshold=0.1)).any()
     assert not changed(draw([0], boxes=[[np.nan, 0, 9, 9]])).any()
     assert not changed(draw([])).any()
@@ -71,9 +71,9 @@ def test_padding_and_low_scores_are_not_drawn():
 
 def test_labels_show_class_and_score(written):
     draw([1], scores=[0.876])
-    draw_detections(GRAY, {"boxes": [[20, 40, 90, 80]], "labels": [7], "scores": [0.5]})
+    draw_detections(GRAY, {"boxes": [[20, 40, 90, 80]], "labels": [7], "scores": [0.51]})
     draw_detections(GRAY, {"boxes": [[20, 40, 90, 80]], "labels": [0]}, ["cat"])
-    assert [text for text, _ in written] == ["dog 0.88", "7 0.50", "cat"]
+    assert [text for text, _ in written] == ["dog 0.88", "7 0.51", "cat"]
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (150, 0), (0, 90), (150, 90), (-40, -40), (400, 300)])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pixels import bilinear, noise
-from small_detector import small_detector
+from small_detector import tiny_detector
 
 from keras_fpn.serving.inference import detect
 
@@ -58,7 +58,7 @@ def test_height_and_width_have_scales_of_their_own(detector):
 
 
 def test_boxes_are_xyxy_pixels_whatever_the_format_of_the_model(detector):
-    relative = small_detector(bounding_box_format="rel_yxyx")
+    relative = tiny_detector(bounding_box_format="rel_yxyx")
     relative.set_weights(detector.get_weights())
     image = noise(40, 50)
     wanted, found = (detect(model, image, **EDGES)[0] for model in (detector, relative))
@@ -166,7 +166,7 @@ def test_a_compiled_model_sees_few_shapes(detector, monkeypatch):
 def test_twenty_sizes_are_traced_a_few_times_only():
     if keras.backend.backend() != "tensorflow":
         pytest.skip("counts the traces of TensorFlow")
-    model = small_detector()
+    model = tiny_detector()
     random = np.random.RandomState(0)
     images = [noise(*random.randint(30, 200, 2), seed) for seed in range(20)]
     detect(model, images, **EDGES)
@@ -244,7 +244,7 @@ def test_arguments_out_of_range_are_refused(detector):
 
 
 def test_a_model_of_one_shape_gets_that_shape():
-    model = small_detector(image_shape=(64, 96, 3))
+    model = tiny_detector(image_shape=(64, 96, 3))
     found = detect(model, [noise(40, 50), noise(20, 60)], **EDGES)
     assert all(
         (one["boxes"][:, 2] <= width).all() for one, width in zip(found, (50, 60), strict=True)
