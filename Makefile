@@ -21,7 +21,7 @@ demo: .venv/ready
 	@echo "Pictures of the detections are in $(DEMO)/found."
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready
 	$(BIN)/ruff check .
