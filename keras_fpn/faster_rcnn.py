@@ -19,7 +19,7 @@ class FasterRCNN(Detector):
 
     `fit` takes batches of `(images, {"boxes": [B, G, 4], "labels": [B, G]})`, labels in
     0..num_classes-1, padded with label -1, and needs the TensorFlow backend. `compile` takes the
-    optimizer and, if wanted, `loss_weights`; the losses are the model's own. Boxes are in
+    optimizer and, optionally, `loss_weights`; the losses are the model's own. Boxes are in
     `bounding_box_format`, that of `detections`; `rel_` formats are relative to each image's own
     size, without padding.
 
