@@ -6,9 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fpn.stage import Float32Stage
+
 
 @keras.saving.register_keras_serializable("keras_fpn")
-class AnchorGenerator(keras.layers.Layer):
+class AnchorGenerator(Float32Stage):
     """Places anchors on every location of every feature map.
 
     Around a location, the anchor of size s and ratio r has height `s * sqrt(r)` and width
@@ -40,7 +42,6 @@ class AnchorGenerator(keras.layers.Layer):
         strides: Sequence[int] | None = None,
         **kwargs,
     ):
-        kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
         self.sizes = tuple(_as_tuple(size) for size in sizes)
         nested = any(isinstance(ratio, (list, tuple)) for ratio in aspect_ratios)
@@ -127,16 +128,6 @@ class AnchorGenerator(keras.layers.Layer):
                 cell = np.stack([-widths, -heights, widths, heights], axis=-1).astype("float32") / 2
             cells.append(cell)
         return np.concatenate(cells)
-
-    def get_config(self) -> dict:
-        config = super().get_config()
-        config.update(
-            sizes=self.sizes,
-            aspect_ratios=self.aspect_ratios,
-            rounded=self.rounded,
-            strides=self.strides,
-        )
-        return config
 
 
 def _as_tuple(value):

@@ -4,11 +4,12 @@ import keras
 from keras import ops
 
 from keras_fpn.normalization import NORMALIZATIONS, normalization_layer
+from keras_fpn.stage import Stage
 from keras_fpn.validation import check_choice, check_int, check_non_negative
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
-class BoxHead(keras.layers.Layer):
+class BoxHead(Stage):
     """Hidden layers with ReLU, then class scores and class-specific box deltas.
 
     Args:
@@ -144,15 +145,3 @@ class BoxHead(keras.layers.Layer):
     def compute_output_shape(self, input_shape) -> tuple:
         batch, regions = input_shape[:2]
         return (batch, regions, self.num_classes + 1), (batch, regions, self.num_classes, 4)
-
-    def get_config(self) -> dict:
-        config = super().get_config()
-        config.update(
-            num_classes=self.num_classes,
-            hidden_dim=self.hidden_dim,
-            hidden_layers=self.hidden_layers,
-            convolutions=self.convolutions,
-            normalization=self.normalization,
-            norm_epsilon=self.norm_epsilon,
-        )
-        return config

@@ -16,11 +16,12 @@ from keras_fpn.boxes import (
 )
 from keras_fpn.nms import non_max_suppression
 from keras_fpn.ranking import take_rows
+from keras_fpn.stage import Float32Stage
 from keras_fpn.validation import check_fraction, check_int, check_non_negative
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
-class DetectionGenerator(keras.layers.Layer):
+class DetectionGenerator(Float32Stage):
     """Selects the detections of an image among the boxes of all regions and classes.
 
     Args:
@@ -49,7 +50,6 @@ class DetectionGenerator(keras.layers.Layer):
         bounding_box_format: str = "xyxy",
         **kwargs,
     ):
-        kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
         self.score_threshold = check_fraction("score_threshold", score_threshold)
         self.nms_iou_threshold = check_fraction("nms_iou_threshold", nms_iou_threshold)
@@ -113,16 +113,3 @@ class DetectionGenerator(keras.layers.Layer):
             "labels": keras.KerasTensor((batch, kept), "int32"),
             "num_detections": keras.KerasTensor((batch,), "int32"),
         }
-
-    def get_config(self) -> dict:
-        config = super().get_config()
-        config.update(
-            score_threshold=self.score_threshold,
-            nms_iou_threshold=self.nms_iou_threshold,
-            max_detections=self.max_detections,
-            delta_weights=self.delta_weights,
-            max_log_scale=self.max_log_scale,
-            min_size=self.min_size,
-            bounding_box_format=self.bounding_box_format,
-        )
-        return config

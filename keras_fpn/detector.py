@@ -66,8 +66,6 @@ class Detector(keras.Model):
 
     Class attributes:
         stage_names: names of the stages, in the order of the forward pass.
-        feature_stages: names of the stages that follow the precision policy; all others, whose
-            arithmetic is that of boxes, are float32.
         loss_names: names of the losses that `compute_losses` returns.
 
     Args:
@@ -83,7 +81,6 @@ class Detector(keras.Model):
     """
 
     stage_names: tuple[str, ...] = ()
-    feature_stages: tuple[str, ...] = ("backbone", "pyramid", "rpn_head", "roi_pooling", "box_head")
     loss_names: tuple[str, ...] = ()
 
     def __init__(

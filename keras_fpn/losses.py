@@ -12,24 +12,13 @@ from keras import ops
 from keras_fpn.monitoring import monitor
 from keras_fpn.ranking import take_rows
 from keras_fpn.replicas import sum_over_replicas
+from keras_fpn.stage import Float32Stage
 from keras_fpn.typing import Tensor
 from keras_fpn.validation import check_non_negative
 
 
-class _BoxLossLayer(keras.layers.Layer):
-    def __init__(self, smooth_l1_beta, **kwargs):
-        kwargs.setdefault("dtype", "float32")
-        super().__init__(**kwargs)
-        self.smooth_l1_beta = check_non_negative("smooth_l1_beta", smooth_l1_beta)
-
-    def get_config(self):
-        config = super().get_config()
-        config.update(smooth_l1_beta=self.smooth_l1_beta)
-        return config
-
-
 @keras.saving.register_keras_serializable("keras_fpn")
-class RPNLoss(_BoxLossLayer):
+class RPNLoss(Float32Stage):
     """Losses of the RPN over the sampled anchors.
 
     Args:
@@ -41,7 +30,8 @@ class RPNLoss(_BoxLossLayer):
     """
 
     def __init__(self, smooth_l1_beta: float = 1.0 / 9, **kwargs):
-        super().__init__(smooth_l1_beta, **kwargs)
+        super().__init__(**kwargs)
+        self.smooth_l1_beta = check_non_negative("smooth_l1_beta", smooth_l1_beta)
 
     def call(self, objectness: Mapping, deltas: Mapping, targets: Mapping) -> dict:
         """Returns the losses.
@@ -67,7 +57,7 @@ class RPNLoss(_BoxLossLayer):
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
-class RoILoss(_BoxLossLayer):
+class RoILoss(Float32Stage):
     """Losses of the box head over the sampled regions.
 
     Args:
@@ -79,7 +69,8 @@ class RoILoss(_BoxLossLayer):
     """
 
     def __init__(self, smooth_l1_beta: float = 1.0 / 9, **kwargs):
-        super().__init__(smooth_l1_beta, **kwargs)
+        super().__init__(**kwargs)
+        self.smooth_l1_beta = check_non_negative("smooth_l1_beta", smooth_l1_beta)
 
     def call(self, class_logits, deltas, targets: Mapping) -> dict:
         """Returns the losses.

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import keras
 from keras import ops
 
+from keras_fpn.stage import Float32Stage
 from keras_fpn.typing import Tensor
 from keras_fpn.validation import check_choice, check_int
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
-class ImageNormalizer(keras.layers.Layer):
+class ImageNormalizer(Float32Stage):
     """Normalizes RGB pixels and pads the batch to a multiple of `size_divisor`.
 
     Everything outside an image's own area is 0 after normalization, whatever the caller padded
@@ -39,7 +40,6 @@ class ImageNormalizer(keras.layers.Layer):
         **kwargs,
     ):
         # Pixels are normalized in float32; the backbone casts them to its own compute dtype.
-        kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
         self.mean, self.std = tuple(mean), tuple(std)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -86,13 +86,3 @@ class ImageNormalizer(keras.layers.Layer):
 
         batch, height, width, channels = images_shape
         return (batch, padded(height), padded(width), channels)
-
-    def get_config(self) -> dict:
-        config = super().get_config()
-        config.update(
-            mean=self.mean,
-            std=self.std,
-            size_divisor=self.size_divisor,
-            channel_order=self.channel_order,
-        )
-        return config

@@ -14,11 +14,12 @@ from keras_fpn.boxes import (
 )
 from keras_fpn.nms import non_max_suppression
 from keras_fpn.ranking import take_rows, top_k
+from keras_fpn.stage import Float32Stage
 from keras_fpn.validation import check_fraction, check_int, check_non_negative
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
-class ProposalGenerator(keras.layers.Layer):
+class ProposalGenerator(Float32Stage):
     """Selects the proposals of an image among the anchors of all levels.
 
     The `pre_nms` best anchors of each level are decoded and clipped to the image; NMS runs within
@@ -51,7 +52,6 @@ class ProposalGenerator(keras.layers.Layer):
         min_size: float = 1e-3,
         **kwargs,
     ):
-        kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
         self.pre_nms = check_int("pre_nms", pre_nms)
         self.post_nms = check_int("post_nms", post_nms)
@@ -121,17 +121,3 @@ class ProposalGenerator(keras.layers.Layer):
     ) -> tuple:
         batch = image_sizes_shape[0]
         return (batch, self.post_nms, 4), (batch, self.post_nms)
-
-    def get_config(self) -> dict:
-        config = super().get_config()
-        config.update(
-            pre_nms=self.pre_nms,
-            post_nms=self.post_nms,
-            training_pre_nms=self.training_pre_nms,
-            training_post_nms=self.training_post_nms,
-            nms_iou_threshold=self.nms_iou_threshold,
-            delta_weights=self.delta_weights,
-            max_log_scale=self.max_log_scale,
-            min_size=self.min_size,
-        )
-        return config

@@ -6,11 +6,12 @@ import keras
 from keras import ops
 
 from keras_fpn.normalization import NORMALIZATIONS, normalization_layer
+from keras_fpn.stage import Stage
 from keras_fpn.validation import check_choice, check_int, check_non_negative
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
-class FeaturePyramid(keras.layers.Layer):
+class FeaturePyramid(Stage):
     """Turns the bottom-up maps C2..C5 into the pyramid P2..P5, and P6 for the RPN.
 
     Every C goes through a 1x1 lateral convolution; from the coarsest level down, the level above
@@ -133,15 +134,6 @@ class FeaturePyramid(keras.layers.Layer):
         halved = [None if size is None else (size + 1) // 2 for size in (height, width)]
         shapes[f"P{int(coarsest[1:]) + 1}"] = (batch, *halved, channels)
         return shapes
-
-    def get_config(self) -> dict:
-        config = super().get_config()
-        config.update(
-            channels=self.channels,
-            normalization=self.normalization,
-            norm_epsilon=self.norm_epsilon,
-        )
-        return config
 
 
 def _upsample(x, like):

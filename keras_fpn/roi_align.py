@@ -7,12 +7,13 @@ from keras import ops
 
 from keras_fpn.adaptive_roi_align import pool_adaptively
 from keras_fpn.roi_levels import assign_levels
+from keras_fpn.stage import Stage
 from keras_fpn.typing import Tensor
 from keras_fpn.validation import check_int, check_non_negative
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
-class PyramidRoIAlign(keras.layers.Layer):
+class PyramidRoIAlign(Stage):
     """Pools every region from its own level into a grid of `output_size` x `output_size` bins.
 
     A bin is the mean of `sampling_ratio` x `sampling_ratio` points inside it, each interpolated
@@ -142,14 +143,3 @@ class PyramidRoIAlign(keras.layers.Layer):
     def compute_output_shape(self, features_shape, boxes_shape) -> tuple:
         channels = next(iter(features_shape.values()))[-1]
         return (*boxes_shape[:2], self.output_size, self.output_size, channels)
-
-    def get_config(self) -> dict:
-        config = super().get_config()
-        config.update(
-            output_size=self.output_size,
-            sampling_ratio=self.sampling_ratio,
-            canonical_level=self.canonical_level,
-            canonical_size=self.canonical_size,
-            aligned=self.aligned,
-        )
-        return config

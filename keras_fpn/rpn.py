@@ -4,11 +4,12 @@ from collections.abc import Mapping
 
 import keras
 
+from keras_fpn.stage import Stage
 from keras_fpn.validation import check_int
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
-class RPNHead(keras.layers.Layer):
+class RPNHead(Stage):
     """A 3x3 convolution with ReLU and two 1x1 siblings: objectness and box deltas.
 
     Args:
@@ -86,12 +87,3 @@ class RPNHead(keras.layers.Layer):
             {level: (*shape[:-1], anchors) for level, shape in input_shapes.items()},
             {level: (*shape[:-1], 4 * anchors) for level, shape in input_shapes.items()},
         )
-
-    def get_config(self) -> dict:
-        config = super().get_config()
-        config.update(
-            anchors_per_location=self.anchors_per_location,
-            channels=self.channels,
-            hidden_layers=self.hidden_layers,
-        )
-        return config

@@ -7,14 +7,14 @@ from keras_fpn.boxes import encode_deltas
 from keras_fpn.matcher import match
 from keras_fpn.ranking import take_rows
 from keras_fpn.sampler import draw_samples
+from keras_fpn.stage import Float32Stage
 from keras_fpn.validation import check_fraction, check_int
 
 
-class _SamplingLayer(keras.layers.Layer):
-    """A layer that samples; the state of its random generator is saved with the model."""
+class _SamplingStage(Float32Stage):
+    """A stage that samples; the state of its random generator is saved with the model."""
 
     def __init__(self, num_samples, positive_fraction, seed, **kwargs):
-        kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
         self.num_samples = check_int("num_samples", num_samples)
         self.positive_fraction = check_fraction("positive_fraction", positive_fraction)
@@ -28,18 +28,9 @@ class _SamplingLayer(keras.layers.Layer):
     def load_own_variables(self, store):
         self.seed_generator.state.assign(store["seed_generator_state"])
 
-    def get_config(self):
-        config = super().get_config()
-        config.update(
-            num_samples=self.num_samples,
-            positive_fraction=self.positive_fraction,
-            seed=self.seed,
-        )
-        return config
-
 
 @keras.saving.register_keras_serializable("keras_fpn")
-class RPNTargets(_SamplingLayer):
+class RPNTargets(_SamplingStage):
     """Samples anchors and computes their targets (FPN, section 4.1).
 
     Args:
@@ -111,17 +102,9 @@ class RPNTargets(_SamplingLayer):
             "deltas": encode_deltas(sampled_boxes, sampled_anchors, delta_weights),
         }
 
-    def get_config(self) -> dict:
-        config = super().get_config()
-        config.update(
-            positive_iou=self.positive_iou,
-            negative_iou=self.negative_iou,
-        )
-        return config
-
 
 @keras.saving.register_keras_serializable("keras_fpn")
-class RoITargets(_SamplingLayer):
+class RoITargets(_SamplingStage):
     """Samples regions for the box head and computes their targets (Fast R-CNN, section 2.3).
 
     The ground truth is added to the proposals, so that there are positives from the first step on.

@@ -8,7 +8,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault(
     "XLA_FLAGS",
     # Compiling takes the time: nothing runs often.
-    "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+    "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true",
 )
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -28,6 +29,8 @@ import keras_fpn
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
+    # Optimizing a graph takes longer than running it a few times.
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 

@@ -35,8 +35,6 @@ def test_stages_and_detections_equal_the_reference(backend):
     files = [TESTS / f"test_{name}.py" for name in ("reference", *STAGES)]
     command = [sys.executable, "-m", "pytest", "-q", "-k", SELECTION[backend], *map(str, files)]
     environment = os.environ | {"KERAS_BACKEND": backend}
-    # Compiling is what takes the time, and nothing runs twice.
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     run = subprocess.run(
         command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False
     )

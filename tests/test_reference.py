@@ -122,27 +122,34 @@ def stages_replaced(model, **stages):
 
 def run_stages(model, inputs, their_proposals):
     """The results of every piece of the forward pass, and of the reference's own proposals."""
-    sizes = inputs["image_sizes"]
-    maps = model.backbone(model.preprocessing(inputs["images"], sizes))
-    images, pyramid = model.extract_features(inputs["images"], sizes)
-    proposals = model.propose_regions(images, pyramid, sizes)
-    outputs = model.classify_regions(pyramid, proposals.boxes)
-    detections = model.detections(*outputs, proposals.boxes, proposals.scores, sizes)
-    pooled_levels = {level: pyramid[level] for level in model.pyramid.roi_levels}
-    class_logits, box_deltas = model.classify_regions(pyramid, their_proposals)
-    results = {
-        "normalized": images,
-        "maps": {**maps, **pyramid},
-        "objectness": proposals.objectness,
-        "deltas": proposals.deltas,
-        "anchors": proposals.anchors,
-        "proposals": proposals.boxes,
-        "scores": proposals.scores,
-        "detections": detections,
-        "pooled": model.roi_pooling(pooled_levels, their_proposals),
-        "class_logits": class_logits,
-        "box_deltas": box_deltas,
-    }
+
+    def stages(images, sizes):
+        maps = model.backbone(model.preprocessing(images, sizes))
+        normalized, pyramid = model.extract_features(images, sizes)
+        proposals = model.propose_regions(normalized, pyramid, sizes)
+        outputs = model.classify_regions(pyramid, proposals.boxes)
+        pooled_levels = {level: pyramid[level] for level in model.pyramid.roi_levels}
+        class_logits, box_deltas = model.classify_regions(pyramid, their_proposals)
+        return {
+            "normalized": normalized,
+            "maps": {**maps, **pyramid},
+            "objectness": proposals.objectness,
+            "deltas": proposals.deltas,
+            "anchors": proposals.anchors,
+            "proposals": proposals.boxes,
+            "scores": proposals.scores,
+            "detections": model.detections(*outputs, proposals.boxes, proposals.scores, sizes),
+            "pooled": model.roi_pooling(pooled_levels, their_proposals),
+            "class_logits": class_logits,
+            "box_deltas": box_deltas,
+        }
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        # JAX would compile each operation by itself.
+        stages = jax.jit(stages)
+    results = stages(inputs["images"], inputs["image_sizes"])
     return SimpleNamespace(**keras.tree.map_structure(convert_to_numpy, results))
 
 

@@ -176,7 +176,8 @@ class StopOnNaN(RunCallback):
         if not hasattr(self.model.optimizer, "dynamic_scale"):
             # With a loss scale, an overflowing gradient is skipped and the scale lowered.
             names.append("gradient_norm")
-        wrong = [name for name in names if not np.isfinite(self.run.step[name])]
+        # A `train_step` of its own may not report all of them.
+        wrong = [name for name in names if not np.isfinite(self.run.step.get(name, 0.0))]
         if not wrong:
             return
         step = self.run.state.steps

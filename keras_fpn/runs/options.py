@@ -20,11 +20,6 @@ import tyro
 
 # Arguments of the builder that follow from the data or from the recipe's seed.
 FROM_DATA = ("num_classes", "class_names", "image_shape", "bounding_box_format", "seed", "name")
-# Arguments of stages that follow from others, from the data or from the recipe.
-DERIVED = (
-    *("anchors_per_location", "num_classes", "image_shape", "bounding_box_format", "seed"),
-    *("depth", "groups", "width_per_group", "name", "trainable", "dtype"),
-)
 _PACKAGE = Path(__file__).parents[1]
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 
@@ -95,11 +90,12 @@ def everyday_aliases() -> dict[str, str]:
 def model_arguments() -> dict[str, Argument]:
     """Returns the arguments of the model that are options, those of stages with dotted names."""
     stages = stage_classes()
+    derived = {*_value(*_find("builder", "DERIVED")), "bounding_box_format", "seed"}
     of_stages = {
         f"{stage}.{name}": argument
         for stage, class_name in stages.items()
         for name, argument in read_arguments("builder", class_name).items()
-        if name not in DERIVED
+        if name not in derived
     }
     aliases = everyday_aliases()
     everyday = {

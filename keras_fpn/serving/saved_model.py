@@ -14,6 +14,7 @@ import numpy as np
 
 from keras_fpn.faster_rcnn import FasterRCNN
 from keras_fpn.serving.folding import fold_normalization
+from keras_fpn.stage import Float32Stage
 from keras_fpn.validation import check_choice, check_int
 
 _PARALLEL_IMAGES = 8  # Images of a request that are decoded in parallel.
@@ -153,8 +154,9 @@ def _inference_copy(model: FasterRCNN, precision: str) -> FasterRCNN:
     config = folded.get_config()
     config["detections"]["config"]["bounding_box_format"] = "rel_yxyx"
     policy = keras.dtype_policies.serialize(keras.DTypePolicy(precision))
-    for stage in set(model.feature_stages) & set(model.stage_names):
-        config[stage] = _with_policy(config[stage], policy)
+    for stage in model.stage_names:
+        if not isinstance(getattr(model, stage), Float32Stage):
+            config[stage] = _with_policy(config[stage], policy)
     copy = FasterRCNN.from_config(config)
     copy.set_weights(folded.get_weights())
     return copy

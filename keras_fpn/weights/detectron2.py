@@ -1,22 +1,20 @@
 """Weights of Detectron2's Faster R-CNN and RPN on ResNet-FPN, and its conventions."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_fpn.resnet import ResNet
 from keras_fpn.weights.plan import (
-    Entry,
     assign,
     channels_last_columns,
-    convolution,
+    check_resnet,
     count_names,
-    dense,
-    normalization,
+    layers_with_weights,
     normalization_kind,
+    plan_of,
     resnet_name,
 )
 
@@ -24,6 +22,24 @@ BOTTOM_UP = "backbone.bottom_up."
 RPN_HEAD = "proposal_generator.rpn_head"
 BOX_HEAD = "roi_heads.box_head"
 PREDICTOR = "roi_heads.box_predictor"
+# As in `plan_of`. The background is the last class, as in `BoxHead`.
+NAMES: dict[str, str | Callable[[re.Match], str]] = {
+    r"backbone/stem_conv": f"{BOTTOM_UP}stem.conv1",
+    r"backbone/stem_norm": f"{BOTTOM_UP}stem.conv1.norm",
+    r"backbone/stage(\d)_block(\d+)_conv(\d)": rf"{BOTTOM_UP}res\1.\2.conv\3",
+    r"backbone/stage(\d)_block(\d+)_norm(\d)": rf"{BOTTOM_UP}res\1.\2.conv\3.norm",
+    r"backbone/stage(\d)_block(\d+)_shortcut_conv": rf"{BOTTOM_UP}res\1.\2.shortcut",
+    r"backbone/stage(\d)_block(\d+)_shortcut_norm": rf"{BOTTOM_UP}res\1.\2.shortcut.norm",
+    r"pyramid/(lateral|output)_C(\d)": r"backbone.fpn_\1\2",
+    r"pyramid/(lateral|output)_norm_C(\d)": r"backbone.fpn_\1\2.norm",
+    r"rpn_head/objectness": f"{RPN_HEAD}.objectness_logits",
+    r"rpn_head/deltas": f"{RPN_HEAD}.anchor_deltas",
+    r"box_head/convolution(\d+)": rf"{BOX_HEAD}.conv\1",
+    r"box_head/norm(\d+)": rf"{BOX_HEAD}.conv\1.norm",
+    r"box_head/hidden(\d+)": rf"{BOX_HEAD}.fc\1",
+    r"box_head/class_logits": f"{PREDICTOR}.cls_score",
+    r"box_head/deltas": f"{PREDICTOR}.bbox_pred",
+}
 # State dicts contain parts of the configuration beside the weights.
 BUFFERS = r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\.cell_anchors\.\d+"
 
@@ -125,36 +141,24 @@ def load_detectron2_arrays(
             model has not changed then.
     """
     arrays = {k: v for k, v in arrays.items() if not re.fullmatch(BUFFERS, k)}
-    pyramid, head = model.pyramid, model.box_head
-    plan = _backbone_plan(model.backbone)
-    for level in pyramid.laterals:
-        for name, layers, norms in (
-            ("lateral", pyramid.laterals, pyramid.lateral_norms),
-            ("output", pyramid.outputs, pyramid.output_norms),
-        ):
-            plan += convolution(f"backbone.fpn_{name}{level[1:]}", layers[level])
-            if norms:
-                plan += normalization(f"backbone.fpn_{name}{level[1:]}.norm", norms[level])
-    for name, layer in zip(_rpn_convolutions(arrays), model.rpn_head.hidden, strict=False):
-        plan += convolution(name, layer)
-    plan += convolution(f"{RPN_HEAD}.objectness_logits", model.rpn_head.objectness)
-    plan += convolution(f"{RPN_HEAD}.anchor_deltas", model.rpn_head.deltas)
-    if any(name.startswith("roi_heads.") for name in arrays):
-        for number, layer in enumerate(head.convolved, start=1):
-            plan += convolution(f"{BOX_HEAD}.conv{number}", layer)
-            if head.norms:
-                plan += normalization(f"{BOX_HEAD}.conv{number}.norm", head.norms[number - 1])
-        bins = model.roi_pooling.output_size
-        for number, layer in enumerate(head.hidden, start=1):
-            columns = {"columns": channels_last_columns(bins)} if number == 1 else {}
-            plan += dense(f"{BOX_HEAD}.fc{number}", layer, **columns)
-        if with_classes:
-            # The background is the last class, as in `BoxHead`.
-            plan += dense(f"{PREDICTOR}.cls_score", head.class_logits)
-            plan += dense(f"{PREDICTOR}.bbox_pred", head.deltas)
-        else:
-            arrays = {k: v for k, v in arrays.items() if not k.startswith(PREDICTOR)}
-    assign(plan, arrays)
+    check_resnet(model.backbone, "Detectron2")
+    layers = layers_with_weights({stage: getattr(model, stage) for stage in model.stage_names})
+    convolutions = dict(enumerate(_rpn_convolutions(arrays), start=1))
+    names = NAMES | {
+        r"rpn_head/hidden(\d+)": lambda match: convolutions.get(
+            int(match[1]), f"{RPN_HEAD}.{match[0]}"
+        )
+    }
+    is_rpn_alone = not any(name.startswith("roi_heads.") for name in arrays)
+    if is_rpn_alone:
+        layers = {key: layer for key, layer in layers.items() if not key.startswith("box_head/")}
+    elif not with_classes:
+        arrays = {k: v for k, v in arrays.items() if not k.startswith(PREDICTOR)}
+        for layer in model.box_head.class_layers():
+            del layers[f"box_head/{layer.name}"]
+    bins = model.roi_pooling.output_size
+    layouts = {"box_head/hidden1": {"columns": channels_last_columns(bins)}}
+    assign(plan_of(layers, names, layouts), arrays)
 
 
 def _check_anchors(cell: np.ndarray, size: int) -> None:
@@ -177,28 +181,3 @@ def _rpn_convolutions(arrays) -> list[str]:
         key=lambda name: int(name.rsplit("conv", 1)[1]),
     )
     return several or [f"{RPN_HEAD}.conv"]
-
-
-def _backbone_plan(backbone) -> list[Entry]:
-    if not isinstance(backbone, ResNet):
-        raise ValueError(
-            "The backbone must be a ResNet to load Detectron2's weights; received "
-            f"{backbone.name!r} of type {type(backbone).__name__}."
-        )
-    plan = []
-    for layer in backbone.layers:
-        if not layer.weights:
-            continue
-        if layer.name.startswith("stem"):
-            name = f"{BOTTOM_UP}stem.conv1"
-        else:
-            stage, block, part, *_ = layer.name.split("_")
-            part = part.replace("norm", "conv")
-            name = (
-                f"{BOTTOM_UP}res{stage.removeprefix('stage')}.{block.removeprefix('block')}.{part}"
-            )
-        if "norm" in layer.name:
-            plan += normalization(f"{name}.norm", layer)
-        else:
-            plan += convolution(name, layer)
-    return plan

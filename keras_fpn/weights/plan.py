@@ -8,7 +8,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from keras_fpn.resnet import STAGE_BLOCKS
+from keras_fpn.resnet import STAGE_BLOCKS, ResNet
 from keras_fpn.weights.checkpoints import read_checkpoint
 
 # Key, among the arrays of a converted file in the cache, of the first digits of the original's
@@ -73,6 +73,55 @@ def normalization(name: str, layer: keras.layers.Layer) -> list[Entry]:
     if hasattr(layer, "moving_mean"):
         parts |= {"running_mean": layer.moving_mean, "running_var": layer.moving_variance}
     return [Entry(f"{name}.{part}", variable, lambda x: x) for part, variable in parts.items()]
+
+
+_ENTRIES: dict[type, Callable] = {keras.layers.Conv2D: convolution, keras.layers.Dense: dense}
+
+
+def layers_with_weights(stages: Mapping[str, keras.layers.Layer]) -> dict[str, keras.layers.Layer]:
+    """Returns the layers inside stages that own weights, by "stage/layer"."""
+    return {
+        f"{name}/{layer.name}": layer
+        for name, stage in stages.items()
+        for layer in stage._flatten_layers(include_self=False)
+        if layer._trainable_variables or layer._non_trainable_variables
+    }
+
+
+def plan_of(
+    layers: Mapping[str, keras.layers.Layer],
+    names: Mapping[str, str | Callable[[re.Match], str]],
+    layouts: Mapping[str, Mapping] | None = None,
+) -> list[Entry]:
+    """Returns the entries of layers.
+
+    Args:
+        layers: from `layers_with_weights`.
+        names: regular expression for "stage/layer" to the prefix of the names in the file: a
+            template for `re.Match.expand`, or a function of the match.
+        layouts: "stage/layer" to arguments of `convolution` or `dense`, where the file's layout
+            differs.
+    """
+    plan = []
+    for key, layer in layers.items():
+        match, name = next(
+            (match, name)
+            for pattern, name in names.items()
+            if (match := re.fullmatch(pattern, key))
+        )
+        name = match.expand(name) if isinstance(name, str) else name(match)
+        entries = _ENTRIES.get(type(layer), normalization)
+        plan += entries(name, layer, **(layouts or {}).get(key, {}))
+    return plan
+
+
+def check_resnet(backbone: keras.layers.Layer, whose: str) -> None:
+    """Raises ValueError if a backbone is not a `ResNet`, the only one that weights are known of."""
+    if not isinstance(backbone, ResNet):
+        raise ValueError(
+            f"The backbone must be a ResNet to load {whose}'s weights; received {backbone.name!r} "
+            f"of type {type(backbone).__name__}."
+        )
 
 
 def channels_last_columns(bins: int) -> Callable[[np.ndarray], np.ndarray]:

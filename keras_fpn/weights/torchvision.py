@@ -2,27 +2,48 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import keras
 import numpy as np
 
 from keras_fpn.data.coco_classes import COCO_IDS_AND_NAMES
-from keras_fpn.resnet import ResNet
 from keras_fpn.weights.plan import (
-    Entry,
     assign,
     channels_last_columns,
-    convolution,
+    check_resnet,
     count_names,
-    dense,
-    normalization,
+    layers_with_weights,
     normalization_kind,
+    plan_of,
     read_arrays,
     resnet_name,
 )
 
 PREDICTOR = "roi_heads.box_predictor"
+
+
+def _of_block(match: re.Match) -> str:
+    stage, block, part, number = match.groups()
+    name = f"backbone.body.layer{int(stage) - 1}.{block}"
+    if part == "shortcut_":
+        return f"{name}.downsample.{('conv', 'norm').index(number)}"
+    return f"{name}.{part.replace('norm', 'bn')}{number}"
+
+
+# As in `plan_of`.
+NAMES: dict[str, str | Callable[[re.Match], str]] = {
+    r"backbone/stem_conv": "backbone.body.conv1",
+    r"backbone/stem_norm": "backbone.body.bn1",
+    r"backbone/stage(\d)_block(\d+)_(conv|norm|shortcut_)(\w+)": _of_block,
+    r"rpn_head/hidden(\d+)": lambda match: f"rpn.head.conv.{int(match[1]) - 1}.0",
+    r"rpn_head/objectness": "rpn.head.cls_logits",
+    r"rpn_head/deltas": "rpn.head.bbox_pred",
+    r"box_head/convolution(\d+)": lambda match: f"roi_heads.box_head.{int(match[1]) - 1}.0",
+    r"box_head/norm(\d+)": lambda match: f"roi_heads.box_head.{int(match[1]) - 1}.1",
+    r"box_head/class_logits": f"{PREDICTOR}.cls_score",
+    r"box_head/deltas": f"{PREDICTOR}.bbox_pred",
+}
 
 
 def load_torchvision_weights(
@@ -117,39 +138,35 @@ def load_torchvision_arrays(
     Raises:
         ValueError: see `load_torchvision_weights`.
     """
-    plan = _backbone_plan(model.backbone, prefix="backbone.body.")
-    pyramid, head = model.pyramid, model.box_head
-    for index, level in enumerate(sorted(pyramid.laterals)):
-        for blocks, layers, norms in (
-            ("inner_blocks", pyramid.laterals, pyramid.lateral_norms),
-            ("layer_blocks", pyramid.outputs, pyramid.output_norms),
-        ):
-            name = f"backbone.fpn.{blocks}.{index}"
-            plan += convolution(f"{name}.0", layers[level])
-            if norms:
-                plan += normalization(f"{name}.1", norms[level])
-    for index, layer in enumerate(model.rpn_head.hidden):
-        plan += convolution(f"rpn.head.conv.{index}.0", layer)
+    check_resnet(model.backbone, "torchvision")
+    layers = layers_with_weights({stage: getattr(model, stage) for stage in model.stage_names})
+    finest = min(int(level[1:]) for level in model.pyramid.laterals)
+    linear = _hidden_layers(arrays)
+    names = NAMES | {
+        r"pyramid/lateral(_norm)?_C(\d)": lambda match: (
+            f"backbone.fpn.inner_blocks.{int(match[2]) - finest}.{int(match[1] is not None)}"
+        ),
+        r"pyramid/output(_norm)?_C(\d)": lambda match: (
+            f"backbone.fpn.layer_blocks.{int(match[2]) - finest}.{int(match[1] is not None)}"
+        ),
+        r"box_head/hidden(\d+)": lambda match: dict(enumerate(linear, start=1)).get(
+            int(match[1]), f"roi_heads.box_head.{match[0]}"
+        ),
+    }
     order = _anchor_order(model.anchors)
-    plan += convolution("rpn.head.cls_logits", model.rpn_head.objectness, order)
-    deltas_order = (4 * order[:, None] + np.arange(4)).ravel()
-    plan += convolution("rpn.head.bbox_pred", model.rpn_head.deltas, deltas_order)
-    for index, layer in enumerate(head.convolved):
-        plan += convolution(f"roi_heads.box_head.{index}.0", layer)
-        if head.norms:
-            plan += normalization(f"roi_heads.box_head.{index}.1", head.norms[index])
-    linear = _hidden_layers(arrays) or ["roi_heads.box_head.fc6", "roi_heads.box_head.fc7"]
-    for index, (name, layer) in enumerate(zip(linear, head.hidden, strict=False)):
-        plan += (
-            dense(name, layer, columns=channels_last_columns(model.roi_pooling.output_size))
-            if index == 0
-            else dense(name, layer)
-        )
+    bins = model.roi_pooling.output_size
+    layouts: dict[str, dict] = {
+        "rpn_head/objectness": {"order": order},
+        "rpn_head/deltas": {"order": (4 * order[:, None] + np.arange(4)).ravel()},
+        "box_head/hidden1": {"columns": channels_last_columns(bins)},
+    }
     if with_classes:
-        plan += _class_plan(model, arrays)
+        layouts |= _class_layouts(model, arrays)
     else:
         arrays = {k: v for k, v in arrays.items() if not k.startswith(PREDICTOR)}
-    assign(plan, arrays)
+        for layer in model.box_head.class_layers():
+            del layers[f"box_head/{layer.name}"]
+    assign(plan_of(layers, names, layouts), arrays)
 
 
 def load_backbone_weights(
@@ -166,7 +183,9 @@ def load_backbone_weights(
     """
     arrays = read_arrays(state_dict)
     arrays = {name: value for name, value in arrays.items() if name not in ("fc.weight", "fc.bias")}
-    assign(_backbone_plan(backbone, prefix=""), arrays)
+    check_resnet(backbone, "torchvision")
+    plan = plan_of(layers_with_weights({"backbone": backbone}), NAMES)
+    assign([e._replace(name=e.name.removeprefix("backbone.body.")) for e in plan], arrays)
 
 
 def _anchor_order(anchors) -> np.ndarray:
@@ -181,7 +200,7 @@ def keeps_classes(checkpoint_classes: int, num_classes: int) -> bool:
     return checkpoint_classes == num_classes or (checkpoint_classes, num_classes) == (90, 80)
 
 
-def _class_plan(model, arrays) -> list[Entry]:
+def _class_layouts(model, arrays) -> dict[str, dict]:
     classes = np.shape(arrays.get(f"{PREDICTOR}.cls_score.bias", ()))
     if classes and not keeps_classes(classes[0] - 1, model.num_classes):
         raise ValueError(
@@ -192,18 +211,12 @@ def _class_plan(model, arrays) -> list[Entry]:
     labels = np.arange(1, model.num_classes + 1)
     if classes and classes[0] == 91 and model.num_classes == 80:
         labels = np.array(list(COCO_IDS_AND_NAMES))
-    return [
-        *dense(
-            f"{PREDICTOR}.cls_score",
-            model.box_head.class_logits,
-            rows=lambda x: x[np.append(labels, 0)],
-        ),
-        *dense(
-            f"{PREDICTOR}.bbox_pred",
-            model.box_head.deltas,
-            rows=lambda x: x.reshape(-1, 4, *x.shape[1:])[labels].reshape(-1, *x.shape[1:]),
-        ),
-    ]
+    return {
+        "box_head/class_logits": {"rows": lambda x: x[np.append(labels, 0)]},
+        "box_head/deltas": {
+            "rows": lambda x: x.reshape(-1, 4, *x.shape[1:])[labels].reshape(-1, *x.shape[1:])
+        },
+    }
 
 
 def _hidden_layers(arrays) -> list[str]:
@@ -219,26 +232,3 @@ def _backbone(arrays, prefix) -> str:
     )
     bottleneck = f"{prefix}layer1.0.conv3.weight" in arrays
     return resnet_name(blocks, bottleneck, np.shape(arrays.get(f"{prefix}layer1.0.conv2.weight")))
-
-
-def _backbone_plan(backbone, prefix) -> list[Entry]:
-    if not isinstance(backbone, ResNet):
-        raise ValueError(
-            "The backbone must be a ResNet to load torchvision's weights; received "
-            f"{backbone.name!r} of type {type(backbone).__name__}."
-        )
-    plan = []
-    for layer in backbone.layers:
-        if layer.weights:
-            name = prefix + _torchvision_name(layer.name)
-            plan += normalization(name, layer) if "norm" in layer.name else convolution(name, layer)
-    return plan
-
-
-def _torchvision_name(layer_name):
-    if layer_name.startswith("stem"):
-        return {"stem_conv": "conv1", "stem_norm": "bn1"}[layer_name]
-    stage, block, part = layer_name.split("_", 2)
-    part = re.sub(r"^norm", "bn", part)
-    part = {"shortcut_conv": "downsample.0", "shortcut_norm": "downsample.1"}.get(part, part)
-    return f"layer{int(stage.removeprefix('stage')) - 1}.{block.removeprefix('block')}.{part}"

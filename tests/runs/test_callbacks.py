@@ -6,7 +6,7 @@ import types
 import keras
 import numpy as np
 import pytest
-from small_detector import small_detector
+from small_detector import tiny_detector
 
 from keras_fpn.data.coco_metrics import COCO_METRICS, CocoEvaluation
 from keras_fpn.optimization import SGDWithL2
@@ -26,7 +26,7 @@ from keras_fpn.runs.run_state import RunState, checkpoints
 def run(tmp_path):
     """A run of two epochs that keeps a moving average, whose evaluations return set APs."""
     (tmp_path / "checkpoints").mkdir()
-    model = small_detector()
+    model = tiny_detector()
     model.compile(SGDWithL2(0.1, use_ema=True), jit_compile=False)
     model.optimizer.build(model.trainable_variables)
     aps = iter([0.5, 0.25])
@@ -111,3 +111,8 @@ def test_a_nan_ends_the_run_unless_a_loss_scale_handles_it(run, optimizer, name,
         callback.on_train_batch_end(0, {"loss": 1.0})
     with np.load(run.output / "nan-step-3.npz") as saved:
         assert saved["image_ids"].tolist() == [41]
+
+
+def test_a_train_step_of_its_own_may_report_no_losses(run):
+    run.step = {}
+    start(StopOnNaN(run), run.model).on_train_batch_end(0, {"loss": 1.0})
