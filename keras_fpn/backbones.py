@@ -45,7 +45,7 @@ def resolve_backbone(
     padding are accepted, with an offset of the pixels that their maps do not cover.
 
     Args:
-        backbone: one of "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+        backbone: one of "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
             "resnext50_32x4d" and "resnext101_32x8d", or a channels-last `keras.Model` with one
             input, whose layers after the coarsest level are dropped.
         resnet: further arguments of `ResNet`, for a backbone given by name. Defaults to None.

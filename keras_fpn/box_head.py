@@ -8,8 +8,61 @@ from keras_fpn.stage import Stage
 from keras_fpn.validation import check_choice, check_int, check_non_negative
 
 
+class RegionHead(Stage):
+    """Base class of the heads: class scores and class-specific box deltas of every region.
+
+    A subclass computes one feature vector per region: its `build` ends with `build_predictors`, its
+    `call` with `predict_regions`.
+
+    Args:
+        num_classes: number of classes, without the background.
+    """
+
+    def __init__(self, num_classes: int, **kwargs):
+        super().__init__(**kwargs)
+        self.num_classes = check_int("num_classes", num_classes)
+
+    def build_predictors(self, size: int) -> None:
+        """Builds the two sibling layers on feature vectors of a size (Fast R-CNN, section 2)."""
+        self.class_logits = self._dense(
+            self.num_classes + 1, None, keras.initializers.RandomNormal(stddev=0.01), "class_logits"
+        )
+        self.deltas = self._dense(
+            4 * self.num_classes, None, keras.initializers.RandomNormal(stddev=0.001), "deltas"
+        )
+        for layer in (self.class_logits, self.deltas):
+            layer.build((None, None, size))
+
+    def _dense(self, units, activation, initializer, name):
+        return keras.layers.Dense(
+            units,
+            activation=activation,
+            kernel_initializer=initializer,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    # Methods: Keras would save the contents of properties a second time.
+    def class_layers(self) -> list[keras.layers.Layer]:
+        """Returns the layers whose shapes depend on the number of classes."""
+        return [self.class_logits, self.deltas]
+
+    def class_independent_layers(self) -> list[keras.layers.Layer]:
+        """Returns all other layers."""
+        raise NotImplementedError
+
+    def predict_regions(self, x) -> tuple:
+        """Returns class scores and deltas of feature vectors `[B, R, size]`; see `call`."""
+        deltas = ops.reshape(self.deltas(x), (-1, x.shape[1], self.num_classes, 4))
+        return self.class_logits(x), deltas
+
+    def compute_output_shape(self, input_shape) -> tuple:
+        batch, regions = input_shape[:2]
+        return (batch, regions, self.num_classes + 1), (batch, regions, self.num_classes, 4)
+
+
 @keras.saving.register_keras_serializable("keras_fpn")
-class BoxHead(Stage):
+class BoxHead(RegionHead):
     """Hidden layers with ReLU, then class scores and class-specific box deltas.
 
     Args:
@@ -36,10 +89,9 @@ class BoxHead(Stage):
         norm_epsilon: float = 1e-5,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(num_classes, **kwargs)
         if normalization is not None:
             check_choice("normalization", normalization, NORMALIZATIONS)
-        self.num_classes = check_int("num_classes", num_classes)
         self.hidden_dim = check_int("hidden_dim", hidden_dim)
         self.hidden_layers = check_int("hidden_layers", hidden_layers)
         self.convolutions = check_int("convolutions", convolutions, minimum=0)
@@ -64,20 +116,13 @@ class BoxHead(Stage):
             self._dense(self.hidden_dim, "relu", xavier, f"hidden{i}")
             for i in range(1, self.hidden_layers + 1)
         ]
-        self.class_logits = self._dense(
-            self.num_classes + 1, None, keras.initializers.RandomNormal(stddev=0.01), "class_logits"
-        )
-        self.deltas = self._dense(
-            4 * self.num_classes, None, keras.initializers.RandomNormal(stddev=0.001), "deltas"
-        )
         for layer in (*self.convolved, *self.norms):
             layer.build((None, height, width, channels))
         size = height * width * channels
         for layer in self.hidden:
             layer.build((None, None, size))
             size = self.hidden_dim
-        for layer in (self.class_logits, self.deltas):
-            layer.build((None, None, size))
+        self.build_predictors(size)
         if not self.trainable:
             # Set before the layers existed; apply it to them.
             self.trainable = False
@@ -96,24 +141,11 @@ class BoxHead(Stage):
             name=name,
         )
 
-    def _dense(self, units, activation, initializer, name):
-        return keras.layers.Dense(
-            units,
-            activation=activation,
-            kernel_initializer=initializer,
-            dtype=self.dtype_policy,
-            name=name,
-        )
-
-    # Methods: Keras would save the contents of properties a second time.
-    def class_layers(self) -> list[keras.layers.Layer]:
-        """Returns the layers whose shapes depend on the number of classes."""
-        return [self.class_logits, self.deltas]
-
     def class_independent_layers(self) -> list[keras.layers.Layer]:
         """Returns all other layers."""
         return [*self.convolved, *self.norms, *self.hidden]
 
+    # A method: Keras would save the contents of a property a second time.
     def normalized_convolutions(self) -> list[tuple]:
         """Returns each convolution with the normalization layer after it, None without one."""
         return list(zip(self.convolved, self.norms or [None] * len(self.convolved), strict=True))
@@ -139,9 +171,4 @@ class BoxHead(Stage):
         x = ops.reshape(x, (-1, regions, height * width * channels))
         for layer in self.hidden:
             x = layer(x)
-        deltas = ops.reshape(self.deltas(x), (-1, regions, self.num_classes, 4))
-        return self.class_logits(x), deltas
-
-    def compute_output_shape(self, input_shape) -> tuple:
-        batch, regions = input_shape[:2]
-        return (batch, regions, self.num_classes + 1), (batch, regions, self.num_classes, 4)
+        return self.predict_regions(x)

@@ -1,4 +1,4 @@
-"""The public builders: one function from numbers to a model."""
+"""The public builders: one function for each model, from numbers to stages."""
 
 import inspect
 import os
@@ -11,18 +11,24 @@ import keras
 from keras_fpn.anchors import AnchorGenerator
 from keras_fpn.backbones import BACKBONES, resolve_backbone
 from keras_fpn.box_head import BoxHead
+from keras_fpn.conv5_head import Conv5Head
+from keras_fpn.data.coco_classes import COCO_CLASS_NAMES
 from keras_fpn.detections import DetectionGenerator
 from keras_fpn.detector import Detector
+from keras_fpn.fast_rcnn import FastRCNN
 from keras_fpn.faster_rcnn import FasterRCNN
 from keras_fpn.losses import RoILoss, RPNLoss
 from keras_fpn.preprocessing import ImageNormalizer
 from keras_fpn.proposals import ProposalGenerator
 from keras_fpn.pyramid import FeaturePyramid
+from keras_fpn.region_proposal_network import RegionProposalNetwork
 from keras_fpn.resnet import ResNet
 from keras_fpn.roi_align import PyramidRoIAlign
+from keras_fpn.roi_pool import PyramidRoIPool
 from keras_fpn.rpn import RPNHead
+from keras_fpn.single_scale import SingleScale
 from keras_fpn.targets import RoITargets, RPNTargets
-from keras_fpn.validation import check_image_shape, did_you_mean
+from keras_fpn.validation import check_choice, check_image_shape, did_you_mean
 from keras_fpn.weights.pretrained import Pretrained, open_detector
 from keras_fpn.weights.published import find_classifier
 from keras_fpn.weights.torchvision import load_backbone_weights
@@ -43,6 +49,8 @@ STAGES = {
     "roi_targets": RoITargets,
     "roi_loss": RoILoss,
 }
+# Other layers for some of them, which builders choose by `single_scale` and `pooling`.
+ALTERNATIVES = {"pyramid": SingleScale, "box_head": Conv5Head, "roi_pooling": PyramidRoIPool}
 COMMON = ("name", "dtype", "trainable")
 # Arguments of stages that follow from other stages or from the builder's own arguments.
 DERIVED = (
@@ -51,9 +59,24 @@ DERIVED = (
     "depth",
     "groups",
     "width_per_group",
+    "last_stage",
     "anchors_per_location",
     "num_classes",
 )
+
+# Everyday arguments of the builders that are a stage's.
+EVERYDAY = {
+    "bounding_box_format": ("detections", "bounding_box_format"),
+    "score_threshold": ("detections", "score_threshold"),
+    "nms_iou_threshold": ("detections", "nms_iou_threshold"),
+    "max_detections": ("detections", "max_detections"),
+    "anchor_sizes": ("anchors", "sizes"),
+    "anchor_ratios": ("anchors", "aspect_ratios"),
+    "normalization": ("resnet", "normalization"),
+    "frozen_stages": ("resnet", "frozen_stages"),
+}
+# Anchors of all sizes, where one map serves all of them (FPN, Table 1).
+ONE_MAP_SIZES = ((32, 64, 128, 256, 512),)
 
 
 def build_fpn_faster_rcnn(
@@ -72,6 +95,8 @@ def build_fpn_faster_rcnn(
     anchor_ratios: Sequence[float | Sequence[float]] | None = None,
     normalization: str | None = None,
     frozen_stages: int | None = None,
+    single_scale: str | None = None,
+    pooling: str | None = None,
     seed: int | None = None,
     name: str = "fpn_faster_rcnn",
     preprocessing: keras.layers.Layer | Mapping | None = None,
@@ -128,6 +153,11 @@ def build_fpn_faster_rcnn(
         anchor_ratios: `aspect_ratios` of `AnchorGenerator`.
         normalization: `normalization` of `ResNet`.
         frozen_stages: `frozen_stages` of `ResNet`.
+        single_scale: "C4" or "C5" for a baseline on that map alone, with all anchor sizes on it
+            (FPN, Tables 1 to 3, (a) and (b)). With "C4", the box head is the ResNet's last stage,
+            on regions of 14x14. Defaults to None, a pyramid.
+        pooling: "align" (`PyramidRoIAlign`) or "max" (`PyramidRoIPool`, as published). Defaults to
+            None, "align" or that of `weights`.
         seed: seed of the samplers. Initial weights follow `keras.utils.set_random_seed`. Defaults
             to None, a random one.
         name: name of the model.
@@ -155,47 +185,160 @@ def build_fpn_faster_rcnn(
         FileNotFoundError: if a path of weights is not a file.
         ConnectionError: if published weights cannot be downloaded.
     """
+    return _build_model(FasterRCNN, locals())
+
+
+def build_fpn_rpn(
+    backbone: str | keras.Model | None = None,
+    backbone_weights: str | os.PathLike | None = None,
+    weights: str | os.PathLike | None = None,
+    image_shape: Sequence[int | None] | None = None,
+    *,
+    anchor_sizes: Sequence[int | Sequence[int]] | None = None,
+    anchor_ratios: Sequence[float | Sequence[float]] | None = None,
+    normalization: str | None = None,
+    frozen_stages: int | None = None,
+    single_scale: str | None = None,
+    seed: int | None = None,
+    name: str = "fpn_rpn",
+    preprocessing: keras.layers.Layer | Mapping | None = None,
+    resnet: Mapping | None = None,
+    pyramid: keras.layers.Layer | Mapping | None = None,
+    rpn_head: keras.layers.Layer | Mapping | None = None,
+    anchors: keras.layers.Layer | Mapping | None = None,
+    proposals: keras.layers.Layer | Mapping | None = None,
+    rpn_targets: keras.layers.Layer | Mapping | None = None,
+    rpn_loss: keras.layers.Layer | Mapping | None = None,
+) -> RegionProposalNetwork:
+    """Builds the region proposal network alone (FPN, section 4.1).
+
+    Arguments and errors are those of `build_fpn_faster_rcnn`. `weights` may be of any model of this
+    package, of torchvision or of Detectron2, its RPN among them: what the RPN has no use for is
+    ignored, and a warning names the stages that the file does not have.
+
+    Returns:
+        A `RegionProposalNetwork`.
+    """
+    return _build_model(RegionProposalNetwork, locals())
+
+
+def build_fpn_fast_rcnn(
+    num_classes: int | None = None,
+    backbone: str | keras.Model | None = None,
+    backbone_weights: str | os.PathLike | None = None,
+    weights: str | os.PathLike | None = None,
+    class_names: Sequence[str] | None = None,
+    image_shape: Sequence[int | None] | None = None,
+    bounding_box_format: str | None = None,
+    score_threshold: float | None = None,
+    nms_iou_threshold: float | None = None,
+    max_detections: int | None = None,
+    *,
+    normalization: str | None = None,
+    frozen_stages: int | None = None,
+    single_scale: str | None = None,
+    pooling: str | None = None,
+    seed: int | None = None,
+    name: str = "fpn_fast_rcnn",
+    preprocessing: keras.layers.Layer | Mapping | None = None,
+    resnet: Mapping | None = None,
+    pyramid: keras.layers.Layer | Mapping | None = None,
+    roi_pooling: keras.layers.Layer | Mapping | None = None,
+    box_head: keras.layers.Layer | Mapping | None = None,
+    detections: keras.layers.Layer | Mapping | None = None,
+    roi_targets: keras.layers.Layer | Mapping | None = None,
+    roi_loss: keras.layers.Layer | Mapping | None = None,
+) -> FastRCNN:
+    """Builds Fast R-CNN, the second stage alone, on given proposals (FPN, section 4.2).
+
+    Arguments and errors are those of `build_fpn_faster_rcnn`. `weights` may be of any model of this
+    package, of torchvision or of Detectron2: an RPN in them is ignored, and a warning names the
+    stages that the file does not have.
+
+    Returns:
+        A `FastRCNN`.
+    """
+    return _build_model(FastRCNN, locals())
+
+
+BUILDERS = {
+    FasterRCNN: build_fpn_faster_rcnn,
+    RegionProposalNetwork: build_fpn_rpn,
+    FastRCNN: build_fpn_fast_rcnn,
+}
+
+
+def _build_model(model_class: type[Detector], given: dict[str, Any]) -> Any:
+    """Builds a model from the arguments of its builder."""
+    class_names, num_classes = given.get("class_names"), given.get("num_classes")
     if isinstance(class_names, str) or not all(isinstance(x, str) for x in class_names or ()):
         raise ValueError(f"`class_names` must be a sequence of strings; received {class_names!r}.")
-    stages = {stage: value for stage, value in locals().items() if stage in STAGES}
-    given = _merge(
-        stages,
-        {
-            ("detections", "bounding_box_format"): bounding_box_format,
-            ("detections", "score_threshold"): score_threshold,
-            ("detections", "nms_iou_threshold"): nms_iou_threshold,
-            ("detections", "max_detections"): max_detections,
-            ("anchors", "sizes"): anchor_sizes,
-            ("anchors", "aspect_ratios"): anchor_ratios,
-            ("resnet", "normalization"): normalization,
-            ("resnet", "frozen_stages"): frozen_stages,
-            ("rpn_targets", "seed"): seed,
-            ("roi_targets", "seed"): None if seed is None else seed + 1,
-        },
+    seed, weights = given["seed"], given["weights"]
+    everyday = {EVERYDAY[name]: value for name, value in given.items() if name in EVERYDAY}
+    everyday |= {("rpn_targets", "seed"): seed}
+    everyday |= {("roi_targets", "seed"): None if seed is None else seed + 1}
+    classes, numbers = _variant(given["single_scale"], given.get("pooling"))
+    has_stage = {"resnet", *model_class.stage_names}
+    stages = _merge(
+        {stage: value for stage, value in given.items() if stage in STAGES},
+        {place: value for place, value in everyday.items() if place[0] in has_stage},
+        STAGES | classes,
     )
+    for stage, arguments in numbers.items():
+        if isinstance(stages.get(stage), dict):
+            stages[stage] = arguments | stages[stage]
+    box_head = stages.get("box_head")
     if num_classes is None and isinstance(box_head, keras.layers.Layer):
         num_classes = box_head.num_classes
-    arguments: dict[str, Any] = {
-        "class_names": class_names,
-        "image_shape": image_shape,
-        "name": name,
-    }
-    if weights is None:
-        if num_classes is None:
-            num_classes = 80 if class_names is None else len(class_names)
-        derived = {"box_head": {"num_classes": num_classes}}
-        return _build(
-            FasterRCNN, backbone or "resnet50", backbone_weights, given, derived, **arguments
+    arguments = {name: given[name] for name in ("image_shape", "name")}
+    if "box_head" in has_stage:
+        arguments["class_names"] = class_names
+    if weights is not None:
+        if given["backbone_weights"] is not None:
+            raise ValueError(
+                "`weights` include the backbone; received `backbone_weights` as well, "
+                f"{os.fspath(given['backbone_weights'])!r}."
+            )
+        return _build_pretrained(
+            model_class,
+            os.fspath(weights),
+            given["backbone"],
+            num_classes,
+            stages,
+            classes,
+            arguments,
         )
-    if backbone_weights is not None:
-        raise ValueError(
-            "`weights` include the backbone; received `backbone_weights` as well, "
-            f"{os.fspath(backbone_weights)!r}."
-        )
-    return _build_pretrained(os.fspath(weights), backbone, num_classes, given, **arguments)
+    if num_classes is None:
+        num_classes = 80 if class_names is None else len(class_names)
+    return _build(
+        model_class,
+        given["backbone"] or "resnet50",
+        given["backbone_weights"],
+        stages,
+        STAGES | classes,
+        num_classes,
+        **arguments,
+    )
 
 
-def _merge(stages: Mapping, everyday: Mapping) -> dict:
+def _variant(single_scale: str | None, pooling: str | None) -> tuple[dict, dict]:
+    """Returns the layers of stages that differ from `STAGES`, and arguments that follow."""
+    classes: dict[str, type] = {}
+    numbers: dict[str, dict] = {}
+    if pooling is not None:
+        check_choice("pooling", pooling, ("align", "max"))
+        classes["roi_pooling"] = PyramidRoIPool if pooling == "max" else PyramidRoIAlign
+    if single_scale is not None:
+        check_choice("single_scale", single_scale, ("C4", "C5"))
+        classes["pyramid"] = SingleScale
+        numbers = {"pyramid": {"level": single_scale}, "anchors": {"sizes": ONE_MAP_SIZES}}
+    if single_scale == "C4":
+        classes["box_head"] = Conv5Head
+        numbers |= {"resnet": {"last_stage": 4}, "roi_pooling": {"output_size": 14}}
+    return classes, numbers
+
+
+def _merge(stages: Mapping, everyday: Mapping, classes: Mapping[str, type]) -> dict:
     """Returns stage name to a stage or its arguments, the everyday ones among them.
 
     Raises:
@@ -209,11 +352,11 @@ def _merge(stages: Mapping, everyday: Mapping) -> dict:
             continue
         if value is not None and not isinstance(value, Mapping):
             raise TypeError(
-                f"`{stage}` must be a {STAGES[stage].__name__} or a dict of its arguments; "
+                f"`{stage}` must be a {classes[stage].__name__} or a dict of its arguments; "
                 f"received {type(value).__name__}."
             )
         merged[stage] = dict(value or {})
-        known = {*inspect.signature(STAGES[stage]).parameters, *COMMON}
+        known = {*inspect.signature(classes[stage]).parameters, *COMMON}
         known -= {"kwargs", *DERIVED} - {*COMMON}
         for argument in merged[stage]:
             if argument not in known:
@@ -239,7 +382,8 @@ def _build(
     backbone: str | keras.Model,
     backbone_weights: str | os.PathLike | None,
     given: Mapping[str, Any],
-    derived: Mapping[str, Mapping],
+    classes: Mapping[str, type],
+    num_classes: int,
     *,
     image_shape: Sequence[int | None] | None,
     **arguments,
@@ -251,7 +395,8 @@ def _build(
         backbone: name or model.
         backbone_weights: as in the public builders.
         given: stage name to a stage or its arguments, from `_merge`.
-        derived: stage name to arguments that follow from those of the builder.
+        classes: stage name to the layer that its arguments are for.
+        num_classes: number of classes, for a model with a box head.
         image_shape: height, width and 3, or None.
         **arguments: further arguments of the class.
     """
@@ -259,7 +404,7 @@ def _build(
     def stage(name, **derived):
         value = given[name]
         if isinstance(value, dict):
-            return STAGES[name](**{"name": name, **value, **derived})
+            return classes[name](**{"name": name, **value, **derived})
         for argument, expected in derived.items():
             if getattr(value, argument, expected) != expected:
                 raise ValueError(
@@ -273,47 +418,75 @@ def _build(
     if backbone_weights is not None:
         # What the papers freeze.
         resnet = {"normalization": "frozen_batch_norm", "frozen_stages": 2, **resnet}
-    stages = {name: stage(name) for name in ("preprocessing", "anchors")}
+    if isinstance(backbone, keras.Model) and "last_stage" in resnet:
+        raise ValueError(
+            "`single_scale='C4'` must go with a ResNet given by name, whose last stage is the box "
+            f"head; received the backbone {backbone.name!r}."
+        )
+    stages = {"preprocessing": stage("preprocessing")}
     padded = stages["preprocessing"].compute_output_shape((None, *image_shape), (None, 2))[1:]
     stages["backbone"] = resolve_backbone(backbone, resnet, padded)
-    if backbone_weights is not None:
-        classifier = find_classifier(backbone, backbone_weights)
-        load_backbone_weights(stages["backbone"], classifier)
-    derived = {
-        "rpn_head": {"anchors_per_location": stages["anchors"].anchors_per_location},
-        **derived,
-    }
+    derived = {"box_head": {"num_classes": num_classes}}
+    if "anchors" in model_class.stage_names:
+        one_map = isinstance(given["pyramid"], dict) and given["pyramid"].get("finest_only")
+        if one_map and isinstance(given["anchors"], dict):
+            given = {**given, "anchors": {"sizes": ONE_MAP_SIZES, **given["anchors"]}}
+        stages["anchors"] = stage("anchors")
+        derived["rpn_head"] = {"anchors_per_location": stages["anchors"].anchors_per_location}
+    if classes["box_head"] is Conv5Head and isinstance(given.get("box_head"), dict):
+        derived["box_head"] |= _resnet_of_head(stages["backbone"], given["box_head"])
     for name in model_class.stage_names:
         if name not in stages:
             stages[name] = stage(name, **derived.get(name, {}))
-    return model_class(**stages, image_shape=image_shape, **arguments)
+    classifier = None
+    if backbone_weights is not None:
+        classifier = find_classifier(backbone, backbone_weights)
+    model = model_class(**stages, image_shape=image_shape, **arguments)
+    if classifier is not None:
+        load_backbone_weights(model.backbone, classifier, getattr(model, "box_head", None))
+    return model
+
+
+def _resnet_of_head(backbone: ResNet, given: Mapping) -> dict[str, Any]:
+    """Returns the arguments of a `Conv5Head` that are those of its `ResNet`."""
+    config = {**backbone.get_config(), **given}
+    known = inspect.signature(Conv5Head).parameters
+    return {
+        name: value for name, value in config.items() if name in known and name != "num_classes"
+    }
 
 
 def _build_pretrained(
+    model_class: type[Detector],
     weights: str,
     backbone: str | keras.Model | None,
     num_classes: int | None,
     given: Mapping[str, Any],
-    class_names: Sequence[str] | None,
-    image_shape: Sequence[int | None] | None,
-    name: str,
-) -> FasterRCNN:
-    """Builds the detector that weights were trained in, but for what is given, and loads them."""
+    classes: Mapping[str, type],
+    arguments: Mapping[str, Any],
+) -> Detector:
+    """Builds the model that weights were trained in, but for what is given, and loads them."""
     trained = open_detector(weights)
+    class_names = arguments.get("class_names")
+    default_classes = trained.default_classes or len(COCO_CLASS_NAMES)
     if num_classes is None:
-        num_classes = trained.default_classes if class_names is None else len(class_names)
+        num_classes = default_classes if class_names is None else len(class_names)
     trained_names = trained.class_names.get(num_classes)
-    keeps_classes = num_classes in (trained.num_classes, trained.default_classes) and (
+    keeps_classes = num_classes in (trained.num_classes, default_classes) and (
         class_names is None or trained_names is None or tuple(class_names) == tuple(trained_names)
     )
-    trained = trained._replace(stages=_arguments_of_stages(trained))
-    stages = dict(trained.stages)
+    stages, their_classes = _arguments_of_stages(trained)
+    classes = {**STAGES, **their_classes, **classes}
+    trained = trained._replace(stages=stages)
+    stages = {name: value for name, value in stages.items() if name in given}
     if isinstance(trained.backbone, ResNet):
         trained = trained._replace(backbone=_name_of(trained.backbone))
     if isinstance(backbone or trained.backbone, keras.Model):
         stages["resnet"] = {}
     for stage, value in given.items():
         theirs = stages.get(stage, {})
+        if classes.get(stage) is not their_classes.get(stage, STAGES.get(stage)):
+            theirs = {}
         if not isinstance(value, dict) or isinstance(theirs, dict):
             stages[stage] = {**theirs, **value} if isinstance(value, dict) else value
         elif value:
@@ -321,15 +494,19 @@ def _build_pretrained(
                 f"The `{stage}` of {weights!r} is a {type(theirs).__name__}; expected a stage to "
                 f"replace it, received the arguments {value}."
             )
+    arguments = dict(arguments)
+    if "class_names" in arguments:
+        arguments["class_names"] = class_names or trained_names
+    if arguments["image_shape"] is None:
+        arguments["image_shape"] = trained.image_shape
     model = _build(
-        FasterRCNN,
+        model_class,
         backbone or trained.backbone or "resnet50",
         None,
         stages,
-        {"box_head": {"num_classes": num_classes}},
-        class_names=class_names or trained_names,
-        image_shape=trained.image_shape if image_shape is None else image_shape,
-        name=name,
+        classes,
+        num_classes,
+        **arguments,
     )
     try:
         trained.load(model, keeps_classes)
@@ -342,24 +519,32 @@ def _build_pretrained(
     return model
 
 
-def _arguments_of_stages(trained: Pretrained) -> dict[str, Any]:
-    """Returns the stages of a trained detector as arguments, custom ones as copies."""
+def _arguments_of_stages(trained: Pretrained) -> tuple[dict[str, Any], dict[str, type]]:
+    """Returns the stages of a trained detector as arguments, custom ones as copies.
+
+    Beside them, the layers that the arguments are for where these are not the default ones.
+    """
     stages: dict[str, Any] = dict(trained.stages)
+    classes: dict[str, type] = {}
     if isinstance(trained.backbone, ResNet):
         stages["resnet"] = trained.backbone
     for stage, layer in stages.items():
         if isinstance(layer, dict):
             continue
         config = layer.get_config()
-        if type(layer) is not STAGES[stage]:
+        if type(layer) is ALTERNATIVES.get(stage):
+            classes[stage] = type(layer)
+        elif type(layer) is not STAGES[stage]:
             stages[stage] = type(layer).from_config(config)
             continue
+        # The last stage is no argument of the command line, but it is one of a model.
+        derived = {*DERIVED} - {"last_stage"}
         stages[stage] = {
             argument: config[argument]
             for argument in inspect.signature(type(layer)).parameters
-            if argument in config and argument not in DERIVED
+            if argument in config and argument not in derived
         }
-    return stages
+    return stages, classes
 
 
 def _name_of(resnet: ResNet) -> str | ResNet:
@@ -390,17 +575,21 @@ def _changes(trained: Pretrained, backbone, given: Mapping) -> str:
 
 
 def _warn_of_new_layers(
-    model: FasterRCNN, weights: str, trained: Pretrained, keeps_classes: bool
+    model: Detector, weights: str, trained: Pretrained, keeps_classes: bool
 ) -> None:
-    if trained.num_classes is None:
-        warnings.warn(f"{weights!r} has no box head: box_head is not loaded.", stacklevel=4)
-    elif not keeps_classes:
-        new = " and ".join(f"box_head/{layer.name}" for layer in model.box_head.class_layers())
+    new = [name for name in model.stage_names if name in trained.missing_stages]
+    if new:
+        warnings.warn(
+            f"{weights!r} has no weights of {' and '.join(new)}, which are not loaded.",
+            stacklevel=5,
+        )
+    elif "box_head" in model.stage_names and not keeps_classes:
+        new = [f"box_head/{layer.name}" for layer in model.box_head.class_layers()]
         differs = "other classes"
         if model.num_classes != trained.num_classes:
             differs = f"{model.num_classes}"
         warnings.warn(
             f"{weights!r} was trained for {trained.num_classes} classes, the model has {differs}: "
-            f"{new} are not loaded, everything else is.",
-            stacklevel=4,
+            f"{' and '.join(new)} are not loaded, everything else is.",
+            stacklevel=5,
         )

@@ -12,7 +12,7 @@ from keras_fpn.replicas import num_replicas
 from keras_fpn.typing import Tensor
 from keras_fpn.validation import (
     check_image_shape,
-    check_images,
+    check_inputs,
     check_target_structure,
     check_training_data,
     did_you_mean,
@@ -66,6 +66,7 @@ class Detector(keras.Model):
 
     Class attributes:
         stage_names: names of the stages, in the order of the forward pass.
+        takes_proposals: whether "proposals" are an input beside "images" and "image_sizes".
         loss_names: names of the losses that `compute_losses` returns.
 
     Args:
@@ -81,6 +82,7 @@ class Detector(keras.Model):
     """
 
     stage_names: tuple[str, ...] = ()
+    takes_proposals = False
     loss_names: tuple[str, ...] = ()
 
     def __init__(
@@ -123,6 +125,8 @@ class Detector(keras.Model):
             "images": keras.Input(self.image_shape, name="images"),
             "image_sizes": keras.Input((2,), dtype="int32", name="image_sizes"),
         }
+        if self.takes_proposals:
+            inputs["proposals"] = keras.Input((None, 4), name="proposals")
         functional = keras.Model(inputs, self.compute_outputs(**inputs), name=self.name)
         # As an attribute, Keras would save its layers a second time.
         self._functional_model = lambda: functional
@@ -143,8 +147,8 @@ class Detector(keras.Model):
     def functional_model(self) -> keras.Model:
         """Returns a functional model of the same layers, from padded batches to the outputs.
 
-        Its input is `{"images": [B, H, W, 3], "image_sizes": [B, 2]}`. Use it to plot the graph,
-        or to build models on the outputs of stages:
+        Its input is `{"images": [B, H, W, 3], "image_sizes": [B, 2]}`, and "proposals" if the model
+        takes them. Use it to plot the graph, or to build models on the outputs of stages:
         `keras.Model(functional.input, functional.get_layer("pyramid").output)`.
         """
         return self._functional_model()
@@ -153,6 +157,9 @@ class Detector(keras.Model):
 
     def compute_outputs(self, images, image_sizes, training: bool | None = None) -> dict:
         """Returns what the model returns for a padded batch.
+
+        A model that takes proposals has `proposals` as its third argument: `[B, P, 4]` xyxy pixels,
+        padded with boxes of zeros.
 
         Args:
             images: `[B, H, W, 3]`.
@@ -205,35 +212,37 @@ class Detector(keras.Model):
         return self.box_head(self.roi_pooling(features, regions), training=training)
 
     def call(self, inputs, training=None) -> dict:
-        images, image_sizes = self.prepare_inputs(inputs)
-        return self.compute_outputs(images, image_sizes, training=training)
+        return self.compute_outputs(**self.prepare_inputs(inputs), training=training)
 
     def compute_output_spec(self, inputs, training=None) -> dict:
-        images, _ = check_images(inputs, self.image_shape)
-        return self.compute_outputs(images, keras.KerasTensor((images.shape[0], 2), "int32"))
+        checked = check_inputs(inputs, self.image_shape, self.takes_proposals)
+        sizes = keras.KerasTensor((checked["images"].shape[0], 2), "int32")
+        return self.compute_outputs(**{**checked, "image_sizes": sizes})
 
     def predict(self, x, *args, **kwargs) -> dict:
         """Detects as `keras.Model.predict` does; images in memory are checked first."""
         if isinstance(x, dict) or hasattr(x, "__array__"):
-            check_images(x, self.image_shape)
+            check_inputs(x, self.image_shape, self.takes_proposals)
         return super().predict(x, *args, **kwargs)
 
-    def prepare_inputs(self, inputs) -> tuple:
-        """Returns checked `(images, image_sizes)`; images without sizes fill their batch.
+    def prepare_inputs(self, inputs) -> dict:
+        """Returns the checked arguments of `compute_outputs`; sizes default to the whole batch.
 
         Args:
-            inputs: `[B, H, W, 3]` images, or `{"images", "image_sizes"}`.
+            inputs: `[B, H, W, 3]` images, or a dict of "images", "image_sizes" and, if the model
+                takes them, "proposals".
 
         Raises:
-            ValueError, TypeError: see `keras_fpn.validation.check_images`.
+            ValueError, TypeError: see `keras_fpn.validation.check_inputs`.
         """
-        images, image_sizes = check_images(inputs, self.image_shape)
-        shape = ops.shape(images)
+        checked = check_inputs(inputs, self.image_shape, self.takes_proposals)
+        shape = ops.shape(checked["images"])
         whole = ops.cast(ops.stack([shape[1], shape[2]]), "int32")
-        if image_sizes is None:
-            image_sizes = ops.broadcast_to(whole, (shape[0], 2))
+        sizes = checked.get("image_sizes")
+        if sizes is None:
+            sizes = ops.broadcast_to(whole, (shape[0], 2))
         # No image is larger than its batch, so nothing is found outside of it.
-        return images, ops.clip(ops.cast(image_sizes, "int32"), 1, whole)
+        return checked | {"image_sizes": ops.clip(ops.cast(sizes, "int32"), 1, whole)}
 
     # === Losses ===
 
@@ -241,7 +250,7 @@ class Detector(keras.Model):
         """Returns the losses of a batch.
 
         Args:
-            inputs: as in a call: images, or `{"images", "image_sizes"}`.
+            inputs: as in a call.
             targets: `{"boxes": [B, G, 4], "labels": [B, G]}` in `bounding_box_format`, padded with
                 label -1. Boxes that are not finite or have no area are ignored.
             training: whether layers run in training mode and samples are drawn anew.
@@ -264,12 +273,12 @@ class Detector(keras.Model):
         return self.rpn_loss(proposals.objectness, proposals.deltas, targets)
 
     def compute_roi_losses(
-        self, features: Mapping, proposals: Proposals, truth: GroundTruth, training: bool
+        self, features: Mapping, boxes, scores, truth: GroundTruth, training: bool
     ) -> dict:
-        """Returns the losses of the second stage."""
+        """Returns the losses of the second stage for proposals, whose scores say which are real."""
         targets = self.roi_targets(
-            proposals.boxes,
-            proposals.scores,
+            boxes,
+            scores,
             truth.boxes,
             truth.labels,
             truth.is_object,

@@ -72,11 +72,11 @@ class FasterRCNN(Detector):
         return self.detections(class_logits, deltas, proposals.boxes, proposals.scores, image_sizes)
 
     def compute_losses(self, inputs, targets, training: bool = True) -> dict:
-        images, image_sizes = self.prepare_inputs(inputs)
-        truth = self.prepare_targets(targets, image_sizes)
-        images, features = self.extract_features(images, image_sizes, training)
-        proposals = self.propose_regions(images, features, image_sizes, training)
+        inputs = self.prepare_inputs(inputs)
+        truth = self.prepare_targets(targets, inputs["image_sizes"])
+        images, features = self.extract_features(**inputs, training=training)
+        proposals = self.propose_regions(images, features, inputs["image_sizes"], training)
         return {
             **self.compute_rpn_losses(proposals, truth, training),
-            **self.compute_roi_losses(features, proposals, truth, training),
+            **self.compute_roi_losses(features, proposals.boxes, proposals.scores, truth, training),
         }

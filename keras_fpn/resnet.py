@@ -17,6 +17,7 @@ from keras_fpn.validation import check_choice, check_image_shape, check_int, che
 
 # Residual blocks in C2, C3, C4 and C5 for each depth. From 50 on the blocks are bottlenecks.
 STAGE_BLOCKS = {
+    10: (1, 1, 1, 1),
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
@@ -58,8 +59,11 @@ class ResNet(keras.Model):
     i = 1.., `stage{s}_block{b}_conv{i}`, `stage{s}_block{b}_norm{i}`,
     `stage{s}_block{b}_shortcut_conv` and `stage{s}_block{b}_shortcut_norm`.
 
+    With `last_stage=4` the network ends with C4, and `keras_fpn.conv5_head.Conv5Head` has the
+    layers of stage 5, under the same names.
+
     Args:
-        depth: 18, 34, 50, 101 or 152.
+        depth: 10, 18, 34, 50, 101 or 152.
         stride_in_1x1: whether bottleneck blocks stride in their first 1x1 convolution, as in the
             original network and Detectron2, rather than in the 3x3 (v1.5, as in torchvision).
             Defaults to False, the only choice for depths 18 and 34, without bottleneck blocks.
@@ -72,8 +76,10 @@ class ResNet(keras.Model):
             bias, which batch norms can be folded into for inference. Defaults to "batch_norm".
         norm_epsilon: epsilon of the normalization layers. Defaults to 1e-5.
         frozen_stages: number of stages that are not trained, from the image on: 2 are the stem and
-            C2, 5 are all. Frozen batch norms use their moving statistics. Defaults to 0.
+            C2, `last_stage` are all. Frozen batch norms use their moving statistics. Defaults to 0.
         image_shape: shape of one image, `(height, width, 3)`. Defaults to `(None, None, 3)`.
+        last_stage: 2, 3, 4 or 5: the number of the coarsest feature map, after which the network
+            ends. Defaults to 5.
         name: name of the model. Defaults to "resnet{depth}", and with groups to
             "resnext{depth}_{groups}x{width_per_group}d".
         trainable: whether any weight is trained. Defaults to True.
@@ -93,40 +99,29 @@ class ResNet(keras.Model):
         norm_epsilon: float = 1e-5,
         frozen_stages: int = 0,
         image_shape: Sequence[int | None] = (None, None, 3),
+        last_stage: int = 5,
         name: str | None = None,
         trainable: bool = True,
         dtype: str | keras.DTypePolicy | None = None,
     ):
-        if depth not in STAGE_BLOCKS:
-            raise ValueError(f"`depth` must be one of {list(STAGE_BLOCKS)}; received {depth!r}.")
-        bottleneck = depth >= 50
-        if stride_in_1x1 and not bottleneck:
-            raise ValueError(
-                f"`stride_in_1x1` must be False at depth {depth}, which has no bottleneck blocks; "
-                f"received {stride_in_1x1!r}."
-            )
-        groups = check_int("groups", groups)
-        width_per_group = check_int("width_per_group", width_per_group)
+        groups, width_per_group = check_blocks(depth, stride_in_1x1, groups, width_per_group)
         norm_epsilon = check_non_negative("norm_epsilon", norm_epsilon)
-        if (groups, width_per_group) != (1, 64) and not bottleneck:
-            raise ValueError(
-                f"`groups` and `width_per_group` must be 1 and 64 at depth {depth}, which has no "
-                f"bottleneck blocks; received {groups} and {width_per_group}."
-            )
         if normalization is not None:
             check_choice("normalization", normalization, NORMALIZATIONS)
+        last_stage = check_int("last_stage", last_stage, minimum=2)
+        if last_stage > 5:
+            raise ValueError(f"`last_stage` must be at most 5; received {last_stage}.")
         frozen_stages = check_int("frozen_stages", frozen_stages, minimum=0)
-        if frozen_stages > 5:
+        if frozen_stages > last_stage:
             raise ValueError(
-                "`frozen_stages` must be at most 5 (stem, C2, C3, C4 and C5); received "
-                f"{frozen_stages}."
+                f"`frozen_stages` must be at most {last_stage} (stem and C2 to C{last_stage}); "
+                f"received {frozen_stages}."
             )
         image_shape = check_image_shape(image_shape)
         dtype = keras.dtype_policies.get(dtype)
 
         # === Layers ===
-        convolve = partial(_convolve, use_bias=normalization is None, dtype=dtype)
-        normalize = partial(_normalize, kind=normalization, epsilon=norm_epsilon, dtype=dtype)
+        convolve, normalize = _layers(normalization, norm_epsilon, dtype)
 
         # === Functional Model ===
         images = keras.Input(image_shape)
@@ -139,23 +134,18 @@ class ResNet(keras.Model):
             3, strides=2, data_format="channels_last", name="stem_pool", dtype=dtype
         )(x)
         feature_maps = {}
-        for stage, blocks in enumerate(STAGE_BLOCKS[depth], start=2):
-            filters = 64 * 2 ** (stage - 2)
-            for block in range(blocks):
-                strides = 2 if block == 0 and stage > 2 else 1
-                if bottleneck:
-                    width = filters * width_per_group // 64 * groups
-                    strides_1x1, strides_3x3 = (strides, 1) if stride_in_1x1 else (1, strides)
-                    convolutions = [
-                        (width, 1, strides_1x1, 1),
-                        (width, 3, strides_3x3, groups),
-                        (4 * filters, 1, 1, 1),
-                    ]
-                else:
-                    convolutions = [(filters, 3, strides, 1), (filters, 3, 1, 1)]
-                x = _residual_block(
-                    x, convolutions, convolve, normalize, f"stage{stage}_block{block}", dtype
-                )
+        for stage in range(2, last_stage + 1):
+            x = residual_stage(
+                x,
+                stage,
+                depth=depth,
+                stride_in_1x1=stride_in_1x1,
+                groups=groups,
+                width_per_group=width_per_group,
+                normalization=normalization,
+                norm_epsilon=norm_epsilon,
+                dtype=dtype,
+            )
             feature_maps[f"C{stage}"] = x
         if name is None:
             name = f"resnet{depth}"
@@ -172,6 +162,7 @@ class ResNet(keras.Model):
         self.norm_epsilon = norm_epsilon
         self.frozen_stages = frozen_stages
         self.image_shape = image_shape
+        self.last_stage = last_stage
         self.dtype_policy = dtype
         frozen = ("stem_", "stage2_", "stage3_", "stage4_", "stage5_")[:frozen_stages]
         for layer in self.layers:
@@ -184,8 +175,8 @@ class ResNet(keras.Model):
         """Returns the layers of one stage, for maps of any size; weights are shared.
 
         Args:
-            level: "C2", "C3", "C4" or "C5": the map that the stage computes, from the image for
-                C2, else from the map before. C5's serves as the box head of C4 baselines.
+            level: "C2" to that of `last_stage`: the map that the stage computes, from the image
+                for C2, else from the map before.
 
         Raises:
             ValueError: if there is no such level.
@@ -199,13 +190,7 @@ class ResNet(keras.Model):
     # A method: Keras would save the contents of a property a second time.
     def normalized_convolutions(self) -> list[tuple]:
         """Returns each convolution with the normalization layer after it, None without one."""
-        return [
-            (layer, None)
-            if self.normalization is None
-            else (layer, self.get_layer(layer.name.replace("conv", "norm")))
-            for layer in self.layers
-            if isinstance(layer, keras.layers.Conv2D)
-        ]
+        return normalized_convolutions(self)
 
     def get_config(self) -> dict:
         return {
@@ -217,6 +202,7 @@ class ResNet(keras.Model):
             "norm_epsilon": self.norm_epsilon,
             "frozen_stages": self.frozen_stages,
             "image_shape": self.image_shape,
+            "last_stage": self.last_stage,
             "name": self.name,
             "trainable": self.trainable,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
@@ -225,6 +211,97 @@ class ResNet(keras.Model):
     @classmethod
     def from_config(cls, config) -> "ResNet":
         return cls(**config)
+
+
+def check_blocks(
+    depth: int, stride_in_1x1: bool, groups: int, width_per_group: int
+) -> tuple[int, int]:
+    """Checks the arguments of `ResNet` that say how its residual blocks are made.
+
+    Returns:
+        `(groups, width_per_group)`, as integers.
+
+    Raises:
+        ValueError: if one is out of range, or does not fit the depth.
+    """
+    if depth not in STAGE_BLOCKS:
+        raise ValueError(f"`depth` must be one of {list(STAGE_BLOCKS)}; received {depth!r}.")
+    bottleneck = depth >= 50
+    if stride_in_1x1 and not bottleneck:
+        raise ValueError(
+            f"`stride_in_1x1` must be False at depth {depth}, which has no bottleneck blocks; "
+            f"received {stride_in_1x1!r}."
+        )
+    groups = check_int("groups", groups)
+    width_per_group = check_int("width_per_group", width_per_group)
+    if (groups, width_per_group) != (1, 64) and not bottleneck:
+        raise ValueError(
+            f"`groups` and `width_per_group` must be 1 and 64 at depth {depth}, which has no "
+            f"bottleneck blocks; received {groups} and {width_per_group}."
+        )
+    return groups, width_per_group
+
+
+def residual_stage(
+    x,
+    stage: int,
+    *,
+    depth: int,
+    stride_in_1x1: bool,
+    groups: int,
+    width_per_group: int,
+    normalization: str | None,
+    norm_epsilon: float,
+    dtype: keras.DTypePolicy,
+) -> Tensor:
+    """Returns the output of the residual blocks of a stage; its layers are new.
+
+    Args:
+        x: Keras tensor, the output of the stage before.
+        stage: 2, 3, 4 or 5. From 3 on the first block halves the size.
+        depth: as in `ResNet`, and so are all others.
+        stride_in_1x1: see `ResNet`.
+        groups: see `ResNet`.
+        width_per_group: see `ResNet`.
+        normalization: see `ResNet`.
+        norm_epsilon: see `ResNet`.
+        dtype: precision policy.
+    """
+    convolve, normalize = _layers(normalization, norm_epsilon, dtype)
+    filters = 64 * 2 ** (stage - 2)
+    for block in range(STAGE_BLOCKS[depth][stage - 2]):
+        strides = 2 if block == 0 and stage > 2 else 1
+        if depth >= 50:
+            width = filters * width_per_group // 64 * groups
+            strides_1x1, strides_3x3 = (strides, 1) if stride_in_1x1 else (1, strides)
+            convolutions = [
+                (width, 1, strides_1x1, 1),
+                (width, 3, strides_3x3, groups),
+                (4 * filters, 1, 1, 1),
+            ]
+        else:
+            convolutions = [(filters, 3, strides, 1), (filters, 3, 1, 1)]
+        name = f"stage{stage}_block{block}"
+        x = _residual_block(x, convolutions, convolve, normalize, name, dtype)
+    return x
+
+
+def normalized_convolutions(network: keras.Model) -> list[tuple]:
+    """Returns each convolution with the normalization layer after it, None without one."""
+    layers = {layer.name: layer for layer in network.layers}
+    return [
+        (layer, layers.get(name.replace("conv", "norm")))
+        for name, layer in layers.items()
+        if isinstance(layer, keras.layers.Conv2D)
+    ]
+
+
+def _layers(normalization, norm_epsilon, dtype):
+    """Returns the functions that add a convolution and a normalization layer."""
+    return (
+        partial(_convolve, use_bias=normalization is None, dtype=dtype),
+        partial(_normalize, kind=normalization, epsilon=norm_epsilon, dtype=dtype),
+    )
 
 
 def _residual_block(x, convolutions, convolve, normalize, name, dtype):

@@ -6,14 +6,13 @@ import keras
 from keras import ops
 
 from keras_fpn.adaptive_roi_align import pool_adaptively
-from keras_fpn.roi_levels import assign_levels
-from keras_fpn.stage import Stage
+from keras_fpn.region_pooling import RegionPooling
 from keras_fpn.typing import Tensor
-from keras_fpn.validation import check_int, check_non_negative
+from keras_fpn.validation import check_int
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
-class PyramidRoIAlign(Stage):
+class PyramidRoIAlign(RegionPooling):
     """Pools every region from its own level into a grid of `output_size` x `output_size` bins.
 
     A bin is the mean of `sampling_ratio` x `sampling_ratio` points inside it, each interpolated
@@ -44,14 +43,10 @@ class PyramidRoIAlign(Stage):
         aligned: bool = False,
         **kwargs,
     ):
-        # Features come in the compute dtype; coordinates must stay float32.
-        super().__init__(autocast=False, **kwargs)
-        self.output_size = check_int("output_size", output_size)
+        super().__init__(output_size, canonical_level, canonical_size, **kwargs)
         self.sampling_ratio = (
             None if sampling_ratio is None else check_int("sampling_ratio", sampling_ratio)
         )
-        self.canonical_level = check_int("canonical_level", canonical_level, minimum=0)
-        self.canonical_size = check_non_negative("canonical_size", canonical_size)
         self.aligned = aligned
 
     def call(self, features: Mapping, boxes) -> Tensor:
@@ -64,42 +59,26 @@ class PyramidRoIAlign(Stage):
         Returns:
             `[B, R, output_size, output_size, C]`.
         """
-        levels = sorted(int(level[1:]) for level in features)
-        maps = [ops.cast(features[f"P{level}"], self.compute_dtype) for level in levels]
-        boxes = ops.stop_gradient(ops.cast(boxes, "float32"))
-        batch, regions = ops.shape(boxes)[0], boxes.shape[1]
-        channels = maps[0].shape[-1]
-
-        # All pixels of all levels in one table; a level begins at its offset.
-        table = ops.concatenate([ops.reshape(x, (batch, -1, channels)) for x in maps], axis=1)
-        pixels = ops.shape(table)[1]
-        heights = ops.stack([ops.shape(x)[1] for x in maps])
-        widths = ops.stack([ops.shape(x)[2] for x in maps])
-        sizes = heights * widths
-        offsets = ops.cumsum(sizes) - sizes
-
-        level = assign_levels(
-            boxes, levels[0], levels[-1], self.canonical_level, self.canonical_size
-        )
-        boxes = boxes * ops.exp2(-ops.cast(level, "float32"))[..., None]
+        table, boxes, first_pixel, map_size = self.place_regions(features, boxes)
+        regions, channels = boxes.shape[1], table.shape[-1]
         if self.aligned:
             boxes = boxes - 0.5
         x1, y1, x2, y2 = ops.split(boxes, 4, -1)
-        which = level - levels[0]
-        height, width, offset = (ops.take(x, which)[..., None] for x in (heights, widths, offsets))
         if self.sampling_ratio is None:
             start, end = ops.concatenate([y1, x1], -1), ops.concatenate([y2, x2], -1)
-            map_size = ops.concatenate([height, width], -1)
             sides = self._sides(start, end)
-            return pool_adaptively(table, offset[..., 0], map_size, start, sides, self.output_size)
+            return pool_adaptively(table, first_pixel, map_size, start, sides, self.output_size)
         points = self.sampling_ratio
+        height, width = map_size[..., :1], map_size[..., 1:]
         rows, row_weights = self._taps(y1, y2, height, points)
         columns, column_weights = self._taps(x1, x2, width, points)
 
+        batch, pixels = ops.shape(table)[0], ops.shape(table)[1]
         table = ops.reshape(table, (-1, channels))
         # [B, R, bin row, bin column, tap row, tap column], the taps of a bin side by side.
-        first = offset[..., None] + ops.arange(batch, dtype="int32")[:, None, None, None] * pixels
-        row_starts = (first + rows * width[..., None])[:, :, :, None, :, None]
+        first = first_pixel + ops.arange(batch, dtype="int32")[:, None] * pixels
+        row_starts = first[..., None, None] + rows * width[..., None]
+        row_starts = row_starts[:, :, :, None, :, None]
         index = row_starts + columns[:, :, None, :, None, :]
         weights = row_weights[:, :, :, None, :, None] * column_weights[:, :, None, :, None, :]
         side, taps = self.output_size, (2 * points) ** 2
@@ -139,7 +118,3 @@ class PyramidRoIAlign(Stage):
 
     def _sides(self, start, end):
         return end - start if self.aligned else ops.maximum(end - start, 1.0)
-
-    def compute_output_shape(self, features_shape, boxes_shape) -> tuple:
-        channels = next(iter(features_shape.values()))[-1]
-        return (*boxes_shape[:2], self.output_size, self.output_size, channels)

@@ -87,15 +87,14 @@ def check_pixels(name: str, images) -> None:
         raise TypeError(f"{name} must hold numbers in 0..255; received dtype {dtype}.")
 
 
-def check_images(inputs, image_shape=(None, None, 3)) -> tuple:
-    """Splits the inputs of a model into images and their sizes, either of which may be symbolic.
+def check_inputs(inputs, image_shape=(None, None, 3), takes_proposals: bool = False) -> dict:
+    """Returns the inputs of a model by name; any of them may be symbolic.
 
     Args:
-        inputs: `[B, H, W, 3]`, or `{"images": [B, H, W, 3], "image_sizes": [B, 2]}`.
+        inputs: `[B, H, W, 3]` images, or `{"images": [B, H, W, 3], "image_sizes": [B, 2]}`, and
+            `"proposals": [B, P, 4]` for a model that takes them. "image_sizes" may be missing.
         image_shape: `(height, width, 3)` of the images; None for any height or width.
-
-    Returns:
-        `(images, image_sizes)`; sizes are None if none are given.
+        takes_proposals: whether "proposals" are required.
 
     Raises:
         ValueError: for another structure, rank, size or number of channels, and for sizes in memory
@@ -104,17 +103,20 @@ def check_images(inputs, image_shape=(None, None, 3)) -> tuple:
     """
     if inputs is None:
         raise ValueError("Images must be a batch [batch, height, width, 3]; received None.")
-    image_sizes = None
-    images = inputs
-    if isinstance(inputs, dict):
-        if "images" not in inputs or not set(inputs) <= {"images", "image_sizes"}:
-            raise ValueError(
-                "Inputs must have the keys 'images' and, for a padded batch, 'image_sizes'; "
-                f"received the keys {sorted(map(str, inputs))}."
-            )
-        images, image_sizes = inputs["images"], inputs.get("image_sizes")
-    if not hasattr(images, "shape"):
-        images = np.asarray(images)
+    required = {"images", *(["proposals"] if takes_proposals else [])}
+    checked = dict(inputs) if isinstance(inputs, dict) else {"images": inputs}
+    if not required <= set(checked) <= required | {"image_sizes"}:
+        keys = "'images' and 'proposals'" if takes_proposals else "'images'"
+        raise ValueError(
+            f"Inputs must have the keys {keys} and, for a padded batch, 'image_sizes'; received "
+            f"the keys {sorted(map(str, checked))}."
+        )
+    checked = {
+        name: value if hasattr(value, "shape") else np.asarray(value)
+        for name, value in checked.items()
+        if value is not None or name != "image_sizes"
+    }
+    images, image_sizes = checked["images"], checked.get("image_sizes")
     check_pixels("Images", images)
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[-1] not in (3, None):
@@ -132,8 +134,6 @@ def check_images(inputs, image_shape=(None, None, 3)) -> tuple:
     if 0 in shape[1:3]:
         raise ValueError(f"Images must have at least one pixel; received shape {shape}.")
     if image_sizes is not None:
-        if not hasattr(image_sizes, "shape"):
-            image_sizes = np.asarray(image_sizes)
         sizes_shape = tuple(image_sizes.shape)
         if len(sizes_shape) != 2 or sizes_shape[-1] != 2:
             raise ValueError(
@@ -153,7 +153,14 @@ def check_images(inputs, image_shape=(None, None, 3)) -> tuple:
                     f"'image_sizes' must be (height, width) within the batch's {shape[1:3]}; "
                     f"received {image_sizes[row].tolist()} for image {row}."
                 )
-    return images, image_sizes
+    if takes_proposals:
+        proposals_shape = tuple(checked["proposals"].shape)
+        if len(proposals_shape) != 3 or proposals_shape[-1] not in (4, None):
+            raise ValueError(
+                "'proposals' must be boxes [batch, proposals, 4]; received shape "
+                f"{proposals_shape}."
+            )
+    return checked
 
 
 def check_training_data(model, x, y) -> None:
@@ -164,7 +171,7 @@ def check_training_data(model, x, y) -> None:
 
     Args:
         model: a `Detector`.
-        x: images, inputs as in `check_images`, or a data set of `(images, targets)`.
+        x: inputs as in `check_inputs`, or a data set of `(inputs, targets)`.
         y: targets; None with a data set.
 
     Raises:
@@ -181,7 +188,7 @@ def check_training_data(model, x, y) -> None:
             # Its elements are per replica; the step checks their structure when it is traced.
             return
         check_target_structure(structure[1])
-        check_images(structure[0], model.image_shape)
+        check_inputs(structure[0], model.image_shape, model.takes_proposals)
         for images, targets in x.take(1):
             targets = {name: np.asarray(value) for name, value in targets.items()}
             _check_batch(model, images, targets, refuse_degenerate=False)
@@ -196,10 +203,11 @@ def _described(structure):
 
 
 def _check_batch(model, x, y, refuse_degenerate):
-    images, image_sizes = check_images(x, model.image_shape)
+    inputs = check_inputs(x, model.image_shape, model.takes_proposals)
+    image_sizes = inputs.get("image_sizes")
     check_targets(
         y,
-        image_shape=images.shape,
+        image_shape=inputs["images"].shape,
         image_sizes=None if image_sizes is None else np.asarray(image_sizes),
         num_classes=model.num_classes,
         bounding_box_format=model.bounding_box_format,
@@ -212,14 +220,14 @@ def check_target_structure(targets) -> None:
 
     Raises:
         ValueError: if it is not `{"boxes": [B, G, 4], "labels": [B, G]}`; the optional fields of
-            the input pipeline, "image_ids", "masks" and "proposals", are accepted as well.
+            the input pipeline, "image_ids" and "masks", are accepted as well.
     """
     expected = (
         "Targets must be {'boxes': [batch, objects, 4], 'labels': [batch, objects]}; received "
     )
     if not isinstance(targets, dict):
         raise ValueError(f"{expected}{'none' if targets is None else type(targets).__name__}.")
-    if set(targets) - {"image_ids", "masks", "proposals"} != {"boxes", "labels"}:
+    if set(targets) - {"image_ids", "masks"} != {"boxes", "labels"}:
         raise ValueError(f"{expected}the keys {sorted(map(str, targets))}.")
     shapes = [
         tuple(x.shape) if hasattr(x, "shape") else np.shape(x)

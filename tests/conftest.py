@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import os
 
 # Before TensorFlow is imported: tests run on the CPU, with two devices for distribution.
@@ -33,6 +34,10 @@ if keras.backend.backend() == "tensorflow":
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+# What the libraries hold stays: collections need not look at it, nor come as often.
+gc.freeze()
+gc.set_threshold(200_000, 20, 50)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import keras
 import pytest
 
 TESTS = Path(__file__).parent
-STAGES = ("boxes", "nms", "proposals", "roi_align", "detections", "matcher", "losses")
+STAGES = ("boxes", "nms", "proposals", "roi_align", "roi_pool", "detections", "matcher", "losses")
 # JAX compiles each operation for each shape: of cases that differ in shapes alone a few are run.
 SELECTION = {
     "jax": "(padded_batch and not detectron2) or not (test_reference or every_format"

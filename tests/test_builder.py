@@ -6,10 +6,10 @@ import math
 
 import keras
 import pytest
-from small_detector import small_detector
+from small_detector import small_detector, tiny_backbone
 
 import keras_fpn
-from keras_fpn.builder import DERIVED, STAGES
+from keras_fpn.builder import BUILDERS, DERIVED, EVERYDAY, STAGES
 from keras_fpn.faster_rcnn import FasterRCNN
 
 # torchvision's `fasterrcnn_resnet50_fpn` and the papers; a batch norm that is trained, from random
@@ -27,7 +27,14 @@ DEFAULTS = {
         "norm_epsilon": 1e-5,
         "frozen_stages": 0,
     },
-    "pyramid": {"channels": 256, "normalization": None, "norm_epsilon": 1e-5},
+    "pyramid": {
+        "channels": 256,
+        "normalization": None,
+        "norm_epsilon": 1e-5,
+        "top_down": True,
+        "lateral": True,
+        "finest_only": False,
+    },
     "rpn_head": {"channels": None, "hidden_layers": 1},
     "anchors": {
         "sizes": ((32,), (64,), (128,), (256,), (512,)),
@@ -99,7 +106,14 @@ OTHERS = {
         "norm_epsilon": 1e-3,
         "frozen_stages": 3,
     },
-    "pyramid": {"channels": 8, "normalization": "batch_norm", "norm_epsilon": 1e-2},
+    "pyramid": {
+        "channels": 8,
+        "normalization": "batch_norm",
+        "norm_epsilon": 1e-2,
+        "top_down": False,
+        "lateral": True,
+        "finest_only": False,
+    },
     "rpn_head": {"channels": 6, "hidden_layers": 2},
     "anchors": {
         "sizes": ((16,), (32,), (48,), (64,), (80,)),
@@ -156,6 +170,8 @@ OTHERS = {
     },
     "roi_loss": {"smooth_l1_beta": 0.62},
 }
+# They exclude each other and levels of their own anchors; see `TestVariants`.
+SAME = ("lateral", "finest_only")
 # What a constructor needs beside its defaults.
 REQUIRED = {
     "resnet": {"depth": 18},
@@ -192,7 +208,8 @@ def other_numbers():
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_arguments_of_a_stage_reach_it(other_numbers, stage):
     assert values(other_numbers, stage) == OTHERS[stage]
-    assert all(OTHERS[stage][argument] != value for argument, value in DEFAULTS[stage].items())
+    same = [name for name, value in DEFAULTS[stage].items() if OTHERS[stage][name] == value]
+    assert set(same) <= {*SAME}
 
 
 def test_what_follows_from_other_stages(other_numbers):
@@ -263,7 +280,7 @@ WRONG = {
     "strides": (4,),
     "delta_weights": (1.0, 1.0, 0.0, 1.0),
 }
-SWITCHES = {"rounded", "aligned", "stride_in_1x1"}
+SWITCHES = {"rounded", "aligned", "stride_in_1x1", "top_down", "lateral", "finest_only"}
 
 
 @pytest.mark.parametrize(
@@ -340,3 +357,72 @@ def test_what_is_refused(arguments, message):
 def test_what_is_neither_a_stage_nor_its_arguments(arguments, message):
     with pytest.raises(TypeError, match=message):
         keras_fpn.build_fpn_faster_rcnn(**arguments)
+
+
+class TestVariants:
+    """The rows of the paper's Tables 1 to 3, on all three models."""
+
+    @pytest.mark.parametrize("level", ["C4", "C5"])
+    def test_one_map_has_the_anchors_of_all_sizes(self, level):
+        model = keras_fpn.build_fpn_rpn(backbone="resnet10", single_scale=level)
+        assert model.pyramid.rpn_levels == (f"P{level[1]}",)
+        assert model.anchors.sizes == ((32, 64, 128, 256, 512),)
+        assert model.rpn_head.anchors_per_location == 15
+        assert model.backbone.last_stage == int(level[1])
+
+    def test_the_head_on_c4_is_the_last_stage_of_the_same_resnet(self):
+        model = keras_fpn.build_fpn_fast_rcnn(
+            num_classes=3, backbone="resnet18", single_scale="C4", normalization="group_norm"
+        )
+        assert isinstance(model.box_head, keras_fpn.Conv5Head)
+        assert (model.box_head.depth, model.box_head.normalization) == (18, "group_norm")
+        assert model.roi_pooling.output_size == 14
+        with pytest.raises(ValueError, match=r"must go with a ResNet.*'tiny'"):
+            keras_fpn.build_fpn_fast_rcnn(
+                num_classes=3, backbone=tiny_backbone(), single_scale="C4"
+            )
+
+    def test_the_head_on_c5_is_that_of_the_pyramid(self):
+        model = keras_fpn.build_fpn_fast_rcnn(num_classes=3, backbone="resnet10", single_scale="C5")
+        assert type(model.box_head) is keras_fpn.BoxHead
+        assert model.roi_pooling.output_size == 7
+
+    def test_the_finest_level_alone_has_the_anchors_of_all_sizes(self):
+        model = keras_fpn.build_fpn_rpn(backbone=tiny_backbone(), pyramid={"finest_only": True})
+        assert model.anchors.sizes == ((32, 64, 128, 256, 512),)
+        mine = keras_fpn.build_fpn_rpn(
+            backbone=tiny_backbone(), pyramid={"finest_only": True}, anchor_sizes=[[8, 16]]
+        )
+        assert mine.anchors.sizes == ((8, 16),)
+
+    def test_pooling(self):
+        pooling = {"output_size": 3}
+        model = keras_fpn.build_fpn_fast_rcnn(
+            num_classes=3, backbone=tiny_backbone(), pooling="max", roi_pooling=pooling
+        )
+        assert type(model.roi_pooling) is keras_fpn.PyramidRoIPool
+        assert model.roi_pooling.output_size == 3
+        with pytest.raises(ValueError, match="no argument 'sampling_ratio'"):
+            keras_fpn.build_fpn_fast_rcnn(pooling="max", roi_pooling={"sampling_ratio": 2})
+        with pytest.raises(ValueError, match="'align', 'max'; received 'mean'"):
+            keras_fpn.build_fpn_fast_rcnn(pooling="mean")
+
+    def test_an_argument_that_a_variant_has_no_use_for_is_refused(self):
+        with pytest.raises(ValueError, match="`pyramid` has no argument 'channels'"):
+            keras_fpn.build_fpn_rpn(single_scale="C4", pyramid={"channels": 8})
+        with pytest.raises(ValueError, match="'C4', 'C5'; received 'C3'"):
+            keras_fpn.build_fpn_rpn(single_scale="C3")
+
+
+@pytest.mark.parametrize(
+    "build", [keras_fpn.build_fpn_rpn, keras_fpn.build_fpn_fast_rcnn], ids=lambda f: f.__name__
+)
+def test_every_builder_has_the_arguments_of_its_stages_and_no_others(build):
+    ours = inspect.signature(build).parameters
+    all_of_them = inspect.signature(keras_fpn.build_fpn_faster_rcnn).parameters
+    assert set(ours) <= set(all_of_them)
+    model_class = next(cls for cls, builder in BUILDERS.items() if builder is build)
+    stages = {"resnet", *model_class.stage_names} - {"backbone"}
+    assert set(ours) & set(STAGES) == stages
+    everyday = {name for name, (stage, _) in EVERYDAY.items() if stage in stages}
+    assert set(ours) & set(EVERYDAY) == everyday

@@ -6,16 +6,17 @@ from keras.ops import convert_to_numpy
 from keras_fpn.pyramid import FeaturePyramid
 
 
-def identity_pyramid(features):
+def identity_pyramid(features, **arguments):
     """A pyramid whose every convolution hands its input on."""
     channels = next(iter(features.values())).shape[-1]
-    layer = FeaturePyramid(channels)
+    layer = FeaturePyramid(channels, **arguments)
     layer.build({level: x.shape for level, x in features.items()})
-    for level in features:
-        layer.laterals[level].kernel.assign(np.eye(channels)[None, None])
+    for convolution in layer.laterals.values():
+        convolution.kernel.assign(np.eye(channels)[None, None])
+    for convolution in layer.outputs.values():
         kernel = np.zeros((3, 3, channels, channels))
         kernel[1, 1] = np.eye(channels)
-        layer.outputs[level].kernel.assign(kernel)
+        convolution.kernel.assign(kernel)
     return layer
 
 
@@ -58,6 +59,84 @@ def test_every_level_is_the_sum_of_all_above_it_upsampled_to_its_own_size(name):
         np.testing.assert_array_equal(convert_to_numpy(x), expected[level], err_msg=level)
     shapes = layer.compute_output_shape({level: x.shape for level, x in features.items()})
     assert shapes == {level: x.shape for level, x in expected.items()}
+
+
+def shapes_of(maps):
+    return {level: x.shape for level, x in maps.items()}
+
+
+def test_bottom_up_pyramid_adds_nothing():
+    features = random_features(SIZES["odd"])
+    layer = identity_pyramid(features, top_down=False)
+    pyramid = layer(features)
+    assert tuple(pyramid) == layer.rpn_levels == ("P2", "P3", "P4", "P5", "P6")
+    assert layer.roi_levels == ("P2", "P3", "P4", "P5")
+    expected = {f"P{level}": features[f"C{level}"] for level in (2, 3, 4, 5)}
+    expected["P6"] = features["C5"][:, ::2, ::2]
+    for level, x in pyramid.items():
+        np.testing.assert_array_equal(convert_to_numpy(x), expected[level], err_msg=level)
+    assert layer.compute_output_shape(shapes_of(features)) == shapes_of(expected)
+    # A 1x1 and a 3x3 for each level, as with the top-down pathway.
+    assert layer.count_params() == identity_pyramid(features).count_params()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_without_laterals_every_level_comes_from_the_coarsest_map(name):
+    features = random_features(SIZES[name])
+    layer = identity_pyramid(features, lateral=False)
+    pyramid = layer(features)
+    assert tuple(pyramid) == layer.rpn_levels == ("P2", "P3", "P4", "P5", "P6")
+    assert layer.roi_levels == ("P2", "P3", "P4", "P5")
+    expected = {"P5": features["C5"], "P6": features["C5"][:, ::2, ::2]}
+    for level in (4, 3, 2):
+        size = features[f"C{level}"].shape[1:3]
+        expected[f"P{level}"] = nearest(expected[f"P{level + 1}"], *size)
+    for level, x in pyramid.items():
+        np.testing.assert_array_equal(convert_to_numpy(x), expected[level], err_msg=level)
+    assert layer.compute_output_shape(shapes_of(features)) == shapes_of(expected)
+    assert list(layer.laterals) == ["C5"]
+    convolutions = [convolution.name for convolution, _ in layer.normalized_convolutions()]
+    assert convolutions == ["lateral_C5", "output_C2", "output_C3", "output_C4", "output_C5"]
+
+
+@pytest.mark.parametrize("lateral", [True, False])
+def test_the_finest_level_alone(lateral):
+    features = random_features(SIZES["odd"])
+    whole = identity_pyramid(features, lateral=lateral)
+    layer = identity_pyramid(features, lateral=lateral, finest_only=True)
+    pyramid = layer(features)
+    assert tuple(pyramid) == layer.rpn_levels == layer.roi_levels == ("P2",)
+    np.testing.assert_array_equal(*map(convert_to_numpy, (pyramid["P2"], whole(features)["P2"])))
+    assert layer.compute_output_shape(shapes_of(features)) == shapes_of(pyramid)
+    assert list(layer.laterals) == list(whole.laterals)
+    assert list(layer.outputs) == ["C2"]
+
+
+def test_norms_follow_the_convolutions_that_there_are():
+    features = random_features(SIZES["odd"])
+    layer = FeaturePyramid(3, "frozen_batch_norm", lateral=False, finest_only=True)
+    layer(features)
+    names = [(a.name, b.name) for a, b in layer.normalized_convolutions()]
+    assert names == [("lateral_C5", "lateral_norm_C5"), ("output_C2", "output_norm_C2")]
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize(
+    "variant", [{}, {"top_down": False}, {"lateral": False}, {"finest_only": True}]
+)
+def test_config_round_trip(variant, built):
+    layer = FeaturePyramid(3, name="pyramid", **variant)
+    if built:
+        layer(random_features(SIZES["odd"]))
+    config = {"top_down": True, "lateral": True, "finest_only": False} | variant
+    assert layer.get_config().items() >= config.items()
+    assert FeaturePyramid.from_config(layer.get_config()).get_config() == layer.get_config()
+
+
+@pytest.mark.parametrize("other", [{"lateral": False}, {"finest_only": True}])
+def test_levels_that_nothing_connects_are_refused(other):
+    with pytest.raises(ValueError, match=r"`top_down` must be True .*; received top_down=False"):
+        FeaturePyramid(top_down=False, **other)
 
 
 def test_any_run_of_levels():

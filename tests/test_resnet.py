@@ -201,6 +201,25 @@ class TestFeatureMaps:
         assert sum(np.prod(weight.shape) for weight in model.trainable_weights) == parameters
         assert not any(layer.use_bias for layer in model.layers if hasattr(layer, "use_bias"))
 
+    def test_ends_with_the_last_stage(self, rng):
+        whole = ResNet(18, image_shape=(75, 101, 3))
+        cut = ResNet(18, image_shape=(75, 101, 3), last_stage=4)
+        assert cut.name == whole.name
+        names = [layer.name for layer in whole.layers if layer.weights]
+        assert [layer.name for layer in cut.layers if layer.weights] == [
+            name for name in names if not name.startswith("stage5")
+        ]
+        cut.set_weights(whole.get_weights()[: len(cut.weights)])
+        images = rng.normal(size=(1, 75, 101, 3)).astype("float32")
+        maps, expected = cut(images), whole(images)
+        assert list(maps) == ["C2", "C3", "C4"]
+        for level, x in maps.items():
+            np.testing.assert_array_equal(*map(convert_to_numpy, (x, expected[level])))
+        stage = cut.stage("C4")(expected["C3"])
+        np.testing.assert_array_equal(*map(convert_to_numpy, (stage, expected["C4"])))
+        with pytest.raises(ValueError, match=r"`level` .*'C2', 'C3', 'C4'; received 'C5'"):
+            cut.stage("C5")
+
     def test_groups_have_as_many_parameters_as_the_reference(self):
         model = without_values(ResNet, 50, groups=32, width_per_group=4)
         # torchvision 0.27.1's resnext50_32x4d without its `fc`.
@@ -296,6 +315,7 @@ class TestSerialization:
             norm_epsilon=1e-3,
             frozen_stages=3,
             image_shape=(64, None, 3),
+            last_stage=4,
             name="body",
             dtype="mixed_bfloat16",
         )
@@ -304,6 +324,7 @@ class TestSerialization:
         assert copy.get_config() == model.get_config()
         assert copy.get_layer("stage2_block0_conv2").groups == 4
         assert copy.name == "body"
+        assert list(copy.output) == ["C2", "C3", "C4"]
         assert trained_layers(copy) == trained_layers(model)
         assert copy.get_layer("stage2_block0_conv1").compute_dtype == "bfloat16"
 
@@ -362,10 +383,13 @@ class TestStages:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"depth": 51}, r"`depth` .*\[18, 34, 50, 101, 152\]; received 51"),
+        ({"depth": 51}, r"`depth` .*\[10, 18, 34, 50, 101, 152\]; received 51"),
         ({"normalization": "batchnorm"}, "`normalization` .*'batchnorm'; did you mean 'batch_norm"),
         ({"norm_epsilon": -1e-5}, "`norm_epsilon` .*; received -1e-05"),
         ({"frozen_stages": 6}, "`frozen_stages` .* 5 .*; received 6"),
+        ({"frozen_stages": 5, "last_stage": 4}, "`frozen_stages` .* 4 .* C4.*; received 5"),
+        ({"last_stage": 6}, "`last_stage` .* 5; received 6"),
+        ({"last_stage": 1}, "`last_stage` .*; received 1"),
         ({"frozen_stages": -1}, "`frozen_stages` .*; received -1"),
         ({"frozen_stages": 2.0}, r"`frozen_stages` .*; received 2\.0"),
         ({"image_shape": (64, 64, 1)}, r"`image_shape` .*; received \(64, 64, 1\)"),

@@ -9,7 +9,8 @@ from keras.ops import convert_to_numpy
 
 from keras_fpn.anchors import AnchorGenerator
 from keras_fpn.box_head import BoxHead
-from keras_fpn.builder import STAGES
+from keras_fpn.builder import ALTERNATIVES, STAGES
+from keras_fpn.conv5_head import Conv5Head
 from keras_fpn.detections import DetectionGenerator
 from keras_fpn.losses import RoILoss, RPNLoss
 from keras_fpn.preprocessing import ImageNormalizer
@@ -17,7 +18,9 @@ from keras_fpn.proposals import ProposalGenerator
 from keras_fpn.pyramid import FeaturePyramid
 from keras_fpn.resnet import ResNet
 from keras_fpn.roi_align import PyramidRoIAlign
+from keras_fpn.roi_pool import PyramidRoIPool
 from keras_fpn.rpn import RPNHead
+from keras_fpn.single_scale import SingleScale
 from keras_fpn.targets import RoITargets, RPNTargets
 
 RANDOM = np.random.RandomState(0)
@@ -49,7 +52,15 @@ LAYERS = [
         ImageNormalizer((1.0, 2.0, 3.0), (4.0, 5.0, 6.0), 8, "bgr"),
         (np.full((1, 30, 40, 3), 9, "uint8"), SIZES),
     ),
-    (FeaturePyramid(3, "frozen_batch_norm", 0.1), (maps(2, C2=8, C3=4),)),
+    (FeaturePyramid(3, "frozen_batch_norm", 0.1, top_down=False), (maps(2, C2=8, C3=4),)),
+    (FeaturePyramid(3, "batch_norm", 0.1, lateral=False), (maps(2, C2=8, C3=4),)),
+    (FeaturePyramid(3, "batch_norm", 0.1, finest_only=True), (maps(2, C2=8, C3=4),)),
+    (SingleScale("C3"), (maps(2, C2=8, C3=4),)),
+    (PyramidRoIPool(3, 3, 16.0), (maps(2, P2=8, P3=4), boxes(5))),
+    (
+        Conv5Head(3, 18, normalization="frozen_batch_norm", norm_epsilon=0.1),
+        (RANDOM.normal(size=(1, 4, 2, 2, 256)).astype("float32"),),
+    ),
     (RPNHead(2, 5, 2), (maps(3, P2=4, P3=2),)),
     (
         AnchorGenerator(((8, 12), (20, 30)), (0.25, 1.0), False, (3, 7)),
@@ -117,11 +128,18 @@ LAYERS = [
     ("layer", "arguments"), LAYERS, ids=[type(layer).__name__ for layer, _ in LAYERS]
 )
 def test_a_layer_is_rebuilt_from_its_configuration(layer, arguments):
-    required = {BoxHead: {"num_classes": 9}, RPNHead: {"anchors_per_location": 9}}
+    required = {
+        BoxHead: {"num_classes": 9},
+        Conv5Head: {"num_classes": 9},
+        RPNHead: {"anchors_per_location": 9},
+    }
     default = type(layer)(**required.get(type(layer), {}))
     config = layer.get_config()
     common = {"name", "trainable", "dtype"}
-    assert all(config[name] != default.get_config()[name] for name in config.keys() - common)
+    # Some of these exclude each other.
+    same = {"top_down", "lateral", "finest_only", "stride_in_1x1", "groups", "width_per_group"}
+    changed = config.keys() - common - same
+    assert all(config[name] != default.get_config()[name] for name in changed)
 
     written = json.loads(json.dumps(keras.saving.serialize_keras_object(layer)))
     assert written["registered_name"].startswith("keras_fpn>")
@@ -152,4 +170,5 @@ def test_a_frozen_stage_stays_frozen(detector, stage):
 
 
 def test_every_stage_is_here():
-    assert {type(layer) for layer, _ in LAYERS} == set(STAGES.values()) - {ResNet}
+    stages = {*STAGES.values(), *ALTERNATIVES.values()} - {ResNet}
+    assert {type(layer) for layer, _ in LAYERS} == stages

@@ -5,12 +5,11 @@ from functools import partial
 import keras
 import numpy as np
 import pytest
-from keras.ops import convert_to_numpy
 
 from keras_fpn.validation import (
     check_choice,
     check_fraction,
-    check_images,
+    check_inputs,
     check_int,
     check_non_negative,
     check_targets,
@@ -68,27 +67,36 @@ class TestNumbers:
 class TestImages:
     @pytest.mark.parametrize("dtype", ["uint8", "int32", "float16", "float32", "float64"])
     def test_a_batch_of_numbers_is_accepted(self, dtype):
-        images, sizes = check_images(IMAGES.astype(dtype))
-        assert images.dtype == dtype
-        assert sizes is None
+        checked = check_inputs(IMAGES.astype(dtype))
+        assert list(checked) == ["images"]
+        assert checked["images"].dtype == dtype
 
-    def test_a_dictionary_is_split(self):
-        sizes = np.array([[40, 60], [30, 20]])
-        images, found = check_images({"images": IMAGES, "image_sizes": sizes})
-        assert images is IMAGES
-        assert found is sizes
-        assert check_images({"images": IMAGES})[1] is None
+    def test_arrays_stay_as_they_are(self):
+        inputs = {"images": IMAGES, "image_sizes": np.array([[40, 60], [30, 20]])}
+        assert check_inputs(inputs) == inputs
+        assert check_inputs({"images": IMAGES, "image_sizes": None}) == {"images": IMAGES}
 
-    def test_lists_become_tensors(self):
-        images, sizes = check_images({"images": IMAGES.tolist(), "image_sizes": [[1, 2], [3, 4]]})
-        assert images.dtype.kind == "i"
-        assert tuple(images.shape) == IMAGES.shape
-        np.testing.assert_array_equal(convert_to_numpy(sizes), [[1, 2], [3, 4]])
+    def test_lists_become_arrays(self):
+        checked = check_inputs({"images": IMAGES.tolist(), "image_sizes": [[1, 2], [3, 4]]})
+        assert checked["images"].dtype.kind == "i"
+        assert checked["images"].shape == IMAGES.shape
+        np.testing.assert_array_equal(checked["image_sizes"], [[1, 2], [3, 4]])
+
+    def test_proposals_are_for_models_that_take_them(self):
+        inputs = {"images": IMAGES, "proposals": np.zeros((2, 5, 4))}
+        assert set(check_inputs(inputs, takes_proposals=True)) == {"images", "proposals"}
+        with pytest.raises(ValueError, match=r"received the keys \['images', 'proposals'\]"):
+            check_inputs(inputs)
+        with pytest.raises(ValueError, match=r"'proposals' .* received the keys \['images'\]"):
+            check_inputs(IMAGES, takes_proposals=True)
+        with pytest.raises(ValueError, match=r"received shape \(2, 4\)"):
+            check_inputs(inputs | {"proposals": np.zeros((2, 4))}, takes_proposals=True)
 
     def test_symbolic_tensors_are_accepted(self):
         images = keras.KerasTensor((None, None, None, 3), "uint8")
         sizes = keras.KerasTensor((None, 2), "int32")
-        assert check_images({"images": images, "image_sizes": sizes}) == (images, sizes)
+        inputs = {"images": images, "image_sizes": sizes}
+        assert check_inputs(inputs) == inputs
 
     @pytest.mark.parametrize(
         ("inputs", "error", "message"),
@@ -140,12 +148,12 @@ class TestImages:
     )
     def test_what_is_refused(self, inputs, error, message):
         with pytest.raises(error, match=message):
-            check_images(inputs)
+            check_inputs(inputs)
 
     def test_a_model_of_one_size_takes_that_size(self):
-        check_images(IMAGES, (40, None, 3))
+        check_inputs(IMAGES, (40, None, 3))
         with pytest.raises(ValueError, match=r"\(40, 64, 3\) .*received .*\(2, 40, 60, 3\)"):
-            check_images(IMAGES, (40, 64, 3))
+            check_inputs(IMAGES, (40, 64, 3))
 
 
 BOXES = [[[5, 6, 30, 20], [0, 0, 60, 40]], [[1, 1, 2, 2], [0, 0, 0, 0]]]
@@ -165,7 +173,7 @@ class TestTargets:
         check(np.array(BOXES) / 70, box_format="rel_xyxy")
 
     def test_optional_fields_of_the_pipeline_are_accepted(self):
-        optional = dict.fromkeys(("image_ids", "masks", "proposals"), np.zeros(2))
+        optional = dict.fromkeys(("image_ids", "masks"), np.zeros(2))
         check_targets(targets(**optional), IMAGES.shape, None, 3, "xyxy")
 
     def test_padding_rows_hold_anything(self):
@@ -249,6 +257,7 @@ class TestTargets:
 
 
 class Detector:
+    takes_proposals = False
     """What the checks want to know of a model."""
 
     num_classes = 3

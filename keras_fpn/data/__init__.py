@@ -1,4 +1,4 @@
-"""Detection data sets, the input pipeline, COCO's metrics and drawing.
+"""Detection data sets, stored proposals, the input pipeline, COCO's metrics and drawing.
 
     from keras_fpn.data import load_dataset, steps_per_epoch, training_batches
 
@@ -19,15 +19,21 @@ _MODULES = {
     "CocoEvaluation": "coco_metrics",
     "DetectionDataset": "datasets",
     "GeometricTransform": "transforms",
+    "PROPOSAL_METRICS": "proposal_metrics",
+    "Proposals": "proposals",
     "SkipReport": "skip_report",
     "coco_evaluation": "coco_metrics",
     "coco_results": "coco_metrics",
     "draw_detections": "drawing",
     "evaluation_batches": "pipeline",
     "load_dataset": "datasets",
+    "proposal_evaluation": "proposal_metrics",
     "read_image": "image_files",
+    "read_proposals": "proposals",
     "steps_per_epoch": "pipeline",
     "training_batches": "pipeline",
+    "with_proposals": "proposals",
+    "write_proposals": "proposals",
 }
 __all__ = sorted(_MODULES)
 

@@ -68,6 +68,9 @@ class CocoFolder(DetectionDataset):
             read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
         )
 
+    def read_image_ids(self) -> np.ndarray:
+        return self.image_ids
+
     def _annotations(self) -> Iterator[tuple]:
         for i in range(self.num_images):
             rows = slice(self.row_splits[i], self.row_splits[i + 1])

@@ -1,7 +1,7 @@
 """COCO's detection metrics: AP and AR, and the results format."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,6 +66,30 @@ class CocoEvaluation(NamedTuple):
     precision: np.ndarray
 
 
+def check_known_images(ground_truth: Mapping, image_ids: Iterable[int]) -> None:
+    """Checks that results are for images in the ground truth.
+
+    Raises:
+        ValueError: if `image_ids` has others.
+    """
+    unknown = sorted(set(image_ids) - {image["id"] for image in ground_truth["images"]})
+    if unknown:
+        raise ValueError(
+            f"`results` must be for images in `ground_truth`; received image ids {unknown[:5]}."
+        )
+
+
+def prepare_evaluation(ground_truth: Mapping, results: list[dict]) -> Any:
+    """Returns a silent `COCOeval_faster` of boxes, which extends the dictionaries of both."""
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    def silent(*_):
+        pass
+
+    truth = COCO(dict(ground_truth), print_function=silent)
+    return COCOeval_faster(truth, truth.loadRes(results), iouType="bbox", print_function=silent)
+
+
 def coco_evaluation(ground_truth: Mapping, results: Sequence[Mapping]) -> CocoEvaluation:
     """Computes AP and AR as in COCO's bounding-box challenge.
 
@@ -78,21 +102,8 @@ def coco_evaluation(ground_truth: Mapping, results: Sequence[Mapping]) -> CocoEv
     Raises:
         ValueError: if a result belongs to an image that is not in `ground_truth`.
     """
-    from faster_coco_eval import COCO, COCOeval_faster
-
-    known = {image["id"] for image in ground_truth["images"]}
-    unknown = sorted({result["image_id"] for result in results} - known)
-    if unknown:
-        raise ValueError(
-            f"`results` must be for images in `ground_truth`; received image ids {unknown[:5]}."
-        )
-
-    def silent(*_):
-        pass
-
-    truth = COCO(dict(ground_truth), print_function=silent)
-    found = truth.loadRes([dict(result) for result in results])
-    evaluation = COCOeval_faster(truth, found, iouType="bbox", print_function=silent)
+    check_known_images(ground_truth, (result["image_id"] for result in results))
+    evaluation = prepare_evaluation(ground_truth, [dict(result) for result in results])
     evaluation.run()
     metrics = dict(zip(COCO_METRICS, map(float, evaluation.stats[:12]), strict=True))
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}

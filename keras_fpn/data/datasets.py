@@ -55,12 +55,19 @@ class DetectionDataset:
             - `labels`: int32 `[n]`.
             - `is_crowd`: bool `[n]`, true for crowds and for VOC's difficult objects.
             - `area`: float32 `[n]` in square pixels, NaN if not annotated.
-            - `proposals` (optional): float32 `[m, 4]`, precomputed proposals in the format of
-              `boxes`, best first.
+            - `proposals` (optional): float32 `[m, 4]`, stored proposals, best first, xyxy in pixels
+              of the image resized to `proposals_size`; see `with_proposals`.
+            - `proposals_size` (with `proposals`): int32 `[2]`, height and width, `[0, 0]` for the
+              original image.
             - `masks` (optional): uint8 `[n, h, w]`, the mask of each box's object, of the image's
               size.
         """
         raise NotImplementedError
+
+    def read_image_ids(self) -> np.ndarray:
+        """Returns the ids of all images, int64 `[num_images]`, in the order of the files."""
+        ids = self.records().map(lambda record: record["image_id"])
+        return np.fromiter(ids.as_numpy_iterator(), np.int64)
 
     def read_images(self, image_ids: Sequence[int]) -> dict[int, np.ndarray]:
         """Returns RGB pixels, uint8 `[H, W, 3]`, by image id; undecodable images are omitted."""

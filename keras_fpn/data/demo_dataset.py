@@ -1,4 +1,6 @@
-"""A small synthetic detection data set of drawn shapes, which `make demo` trains on.
+"""Small synthetic detection data sets of drawn shapes.
+
+`make demo` trains on `keras_fpn_shapes`, benchmarks/pyramid_variants.py on `keras_fpn_octaves`.
 
 python -m keras_fpn.data.demo_dataset --data-dir demo/data --unseen-images demo/unseen
 """
@@ -29,6 +31,10 @@ class KerasFpnShapes(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012 - TFDS's convention
     NUM_IMAGES = {"train": 600, "validation": 100}  # noqa: RUF012
 
+    def draw(self, random: np.random.Generator) -> tuple[np.ndarray, list[tuple]]:
+        """Draws one image, as `draw_image` does."""
+        return draw_image(random)
+
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
@@ -58,7 +64,7 @@ class KerasFpnShapes(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for number in range(self.NUM_IMAGES[split]):
-            pixels, objects = draw_image(_random(split, number))
+            pixels, objects = self.draw(_random(split, number))
             height, width = pixels.shape[:2]
             encoded = io.BytesIO()
             Image.fromarray(pixels).save(encoded, "JPEG", quality=92)
@@ -85,6 +91,18 @@ class KerasFpnShapes(tfds.core.GeneratorBasedBuilder):
             )
 
 
+class KerasFpnOctaves(KerasFpnShapes):
+    """Drawn shapes over five octaves of size, 8 to 256 pixels, on textured backgrounds."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    NUM_IMAGES = {"train": 1000, "validation": 200}  # noqa: RUF012
+
+    def draw(self, random: np.random.Generator) -> tuple[np.ndarray, list[tuple]]:
+        """Draws one image of 256 to 288 pixels; large shapes first, on which small ones may lie."""
+        sizes = np.exp(random.uniform(math.log(8), math.log(256), int(random.integers(4, 13))))
+        return draw_image(random, (257, 289), -np.sort(-sizes))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Makes the data set from the command line."""
     parser = argparse.ArgumentParser(
@@ -102,10 +120,10 @@ def main(arguments: list[str] | None = None) -> None:
             Image.fromarray(pixels).save(folder / f"unseen_{number:02d}.png")
 
 
-def prepare(data_dir: str) -> None:
-    """Writes the data set to `data_dir` unless it exists, in a few seconds and offline."""
+def prepare(data_dir: str, dataset: type[KerasFpnShapes] = KerasFpnShapes) -> None:
+    """Writes a data set to `data_dir` unless it exists, in a few seconds and offline."""
     tfds.disable_progress_bar()
-    KerasFpnShapes(data_dir=data_dir).download_and_prepare(
+    dataset(data_dir=data_dir).download_and_prepare(
         download_config=tfds.download.DownloadConfig(try_download_gcs=False)
     )
 
@@ -117,24 +135,40 @@ def _random(split: str, number: int) -> np.random.Generator:
 
 def draw_image(
     random: np.random.Generator,
+    edges: tuple[int, int] = (224, 289),
+    sizes: np.ndarray | None = None,
 ) -> tuple[np.ndarray, list[tuple[int, tuple[float, float, float, float], int]]]:
     """Draws one image.
+
+    Args:
+        random: generator of everything in it.
+        edges: height and width are at least the first and below the second.
+        sizes: diameters of the shapes in pixels, in the order of drawing; a shape for which there
+            is no room is left out. Defaults to None: up to six, of 32 to 150 pixels.
 
     Returns:
         `pixels`: uint8 `[height, width, 3]`. `objects`: for each shape its label, the tight box
         (x1, y1, x2, y2) of its visible part in pixels, and its visible area in pixels.
     """
-    width, height = (int(edge) for edge in random.integers(224, 289, 2))
+    width, height = (int(edge) for edge in random.integers(*edges, 2))
     canvas = _background(random, height, width)
     labels: list[int] = []
     areas: list[float] = []
     visible: list[np.ndarray] = []  # [height, width], fraction of each pixel showing the shape
-    target = int(random.integers(1, 7))
-    for _ in range(8 * target):
+    target = int(random.integers(1, 7)) if sizes is None else len(sizes)
+    done = set()  # Indices of the sizes that have been drawn.
+    for attempt in range(8 * target):
         if len(labels) == target:
             break
+        if sizes is not None and attempt // 8 in done:
+            continue
         label = int(random.integers(len(CLASS_NAMES)))
-        window, cover = _shape(random, CLASS_NAMES[label], height, width)
+        if sizes is None:
+            # Log-uniform: each octave of sizes is equally frequent.
+            radius = 0.5 * math.exp(random.uniform(math.log(32), math.log(150)))
+        else:
+            radius = 0.5 * sizes[attempt // 8]
+        window, cover = _shape(random, CLASS_NAMES[label], radius, height, width)
         hidden = [float((shape[window] * cover).sum()) for shape in visible]
         if any(
             shape.sum() - lost < _MIN_VISIBLE * area
@@ -151,6 +185,7 @@ def draw_image(
         visible.append(shape)
         areas.append(float(cover.sum()))
         labels.append(label)
+        done.add(attempt // 8)
     objects = [
         (label, _tight_box(shape), round(float(shape.sum())))
         for label, shape in zip(labels, visible, strict=True)
@@ -159,16 +194,14 @@ def draw_image(
 
 
 def _shape(
-    random: np.random.Generator, name: str, height: int, width: int
+    random: np.random.Generator, name: str, radius: float, height: int, width: int
 ) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Draws one shape at a random position, size and rotation.
+    """Draws one shape at a random position and rotation.
 
     Returns:
         `window`: rows and columns of the image. `cover`: float32, the fraction of each pixel of the
         window that the shape covers.
     """
-    # Log-uniform: each octave of sizes is equally frequent.
-    radius = 0.5 * math.exp(random.uniform(math.log(32), math.log(150)))
     center_x = random.uniform(radius, width - radius)
     center_y = random.uniform(radius, height - radius)
     # Roughly upright, which a small network with random initial weights learns in minutes.

@@ -91,14 +91,15 @@ def training_batches(
 
         - `images`: uint8 `[rows, H, W, 3]` RGB, zero outside the image's area.
         - `image_sizes`: int32 `[rows, 2]`, height and width of that area.
+        - `proposals`, if the records have them: float32 `[rows, max_proposals, 4]`, xyxy in pixels
+          of the padded image, padded with zeros. Proposals without area inside the image are
+          dropped. Those in pixels of an image of the very size in `image_sizes` are not rounded.
 
         The targets:
 
         - `boxes`: float32 `[rows, max_boxes, 4]`, xyxy in pixels of the padded image.
         - `labels`: int32 `[rows, max_boxes]`, padded with -1.
         - `image_ids`: int64 `[rows]`.
-        - `proposals`, if the records have them: float32 `[rows, max_proposals, 4]`, in the format
-          of `boxes`, padded with zeros. Proposals without area inside the image are dropped.
         - `masks`, if the records have them: uint8 `[rows, max_boxes, H, W]`, in the order of
           `boxes`.
 
@@ -175,7 +176,7 @@ def training_batches(
         own, images = tf.cond(tf.reduce_all(is_decoded), lambda: (own, images), replace)
         return tf.nest.map_structure(
             lambda x: tf.ensure_shape(x, [rows, *x.shape[1:]]),
-            ({"images": images, "image_sizes": own["target_size"]}, _targets(own, buckets)),
+            (_inputs(own, images), _targets(own, buckets)),
         )
 
     batches = _map_groups(_count(one_epoch, first_epoch), decode, rows)
@@ -240,8 +241,8 @@ def evaluation_batches(
             lambda: (group, images),
             lambda: (_rows(group, tf.where(is_decoded)[:, 0]), tf.boolean_mask(images, is_decoded)),
         )
-        inputs = {"images": images, "image_sizes": group["target_size"]}
-        return inputs, _targets(group, buckets) | {"original_sizes": group["size"]}
+        targets = _targets(group, buckets) | {"original_sizes": group["size"]}
+        return _inputs(group, images), targets
 
     groups = records.filter(_is_readable).group_by_window(
         lambda record: tf.cast(record["bucket"], tf.int64),
@@ -339,7 +340,7 @@ def _prepare_record(
         "labels": _pad_rows(tf.gather(record["labels"], kept), max_boxes, -1),
     }
     if "proposals" in record:
-        proposals = transform.boxes(record["proposals"])
+        proposals = transform.proposals(record["proposals"], record["proposals_size"])
         has_area = tf.reduce_all(proposals[:, 2:] > proposals[:, :2], axis=-1)
         proposals = tf.boolean_mask(proposals, has_area)[:max_proposals]
         prepared["proposals"] = _pad_rows(proposals, max_proposals)
@@ -470,11 +471,15 @@ def _pixels(
     )
 
 
+def _inputs(group: Record, images: tf.Tensor) -> Record:
+    """Returns the inputs of a group of prepared records, with the images of `_pixels`."""
+    inputs = {"images": images, "image_sizes": group["target_size"]}
+    return inputs | {key: group[key] for key in ("proposals",) if key in group}
+
+
 def _targets(group: Record, buckets: list[tuple[int, int]]) -> Record:
     """Returns the targets of a group of prepared records, for images padded to its bucket."""
     targets = {"boxes": group["boxes"], "labels": group["labels"], "image_ids": group["image_id"]}
-    if "proposals" in group:
-        targets["proposals"] = group["proposals"]
     if "masks" in group:
         shape = tf.constant(buckets)[group["bucket"][0]]
         max_boxes = group["boxes"].shape[1]

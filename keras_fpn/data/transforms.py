@@ -42,22 +42,39 @@ class GeometricTransform(NamedTuple):
         return tf.cast(resize_image(image, self.target_size), dtype)
 
     def boxes(self, boxes: tf.Tensor) -> tf.Tensor:
-        """Transforms boxes or proposals.
+        """Transforms boxes.
 
         Args:
-            boxes: float32 `[n, 4]`, xyxy as fractions of the original image's width and height.
+            boxes: `[n, 4]` floats, xyxy as fractions of the original image's width and height.
 
         Returns:
-            float32 `[n, 4]`, xyxy in pixels of the result, clipped to it.
+            `[n, 4]` of the dtype of `boxes`, xyxy in pixels of the result, clipped to it.
         """
         if self.crop is not None:
             origin, extent = self.crop[:2], self.crop[2:] - self.crop[:2]
-            pixels = boxes * _twice(self.size[::-1])
-            boxes = (pixels - _twice(origin)) / _twice(extent)
+            pixels = boxes * _twice(self.size[::-1], boxes.dtype)
+            boxes = (pixels - _twice(origin, boxes.dtype)) / _twice(extent, boxes.dtype)
         boxes = tf.clip_by_value(boxes, 0.0, 1.0)
         mirrored = tf.gather(boxes, [2, 1, 0, 3], axis=1) * [-1.0, 1.0, -1.0, 1.0]
         mirrored += [1.0, 0.0, 1.0, 0.0]
-        return tf.where(self.flip, mirrored, boxes) * _twice(self.target_size[::-1])
+        boxes = tf.where(self.flip, mirrored, boxes)
+        return boxes * _twice(self.target_size[::-1], boxes.dtype)
+
+    def proposals(self, proposals: tf.Tensor, frame: tf.Tensor) -> tf.Tensor:
+        """Transforms proposals.
+
+        Args:
+            proposals: float32 `[n, 4]`, xyxy in pixels of the original image resized to `frame`.
+            frame: int32 `[2]`, height and width, `[0, 0]` for those of the original image.
+
+        Returns:
+            float32 `[n, 4]`, xyxy in pixels of the result, clipped to it. Without a crop or flip,
+            and with `frame` equal to `target_size`, the coordinates are the same to the bit.
+        """
+        frame = tf.where(tf.reduce_any(frame > 0), frame, self.size)
+        # In float32, dividing by the frame and multiplying by the target would round twice.
+        fractions = tf.cast(proposals, tf.float64) / _twice(frame[::-1], tf.float64)
+        return tf.cast(self.boxes(fractions), tf.float32)
 
     def masks(self, masks: tf.Tensor) -> tf.Tensor:
         """Transforms masks.
@@ -81,6 +98,6 @@ class GeometricTransform(NamedTuple):
         return tf.cond(self.flip, lambda: tf.reverse(pixels, [-2]), lambda: pixels)
 
 
-def _twice(xy: tf.Tensor) -> tf.Tensor:
-    """Returns `[x, y]` as float32 `[x, y, x, y]`."""
-    return tf.cast(tf.tile(xy, [2]), tf.float32)
+def _twice(xy: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Returns `[x, y]` as `[x, y, x, y]` of `dtype`."""
+    return tf.cast(tf.tile(xy, [2]), dtype)

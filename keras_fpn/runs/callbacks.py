@@ -18,7 +18,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_fpn.data.coco_metrics import COCO_METRICS, CocoEvaluation
+from keras_fpn.data.coco_metrics import CocoEvaluation
+from keras_fpn.data.proposals import Proposals
 from keras_fpn.data.skip_report import SkipReport
 from keras_fpn.runs.evaluation import Evaluation, format_metrics, report_skipped
 from keras_fpn.runs.pictures import detections_beside_truth
@@ -47,7 +48,8 @@ class RunContext:
         step: values of the last step: the losses, `gradient_norm`, `rpn_positives`,
             `roi_positives`, `learning_rate`, `images_per_second`. `MeasureSteps` sets it.
         scores: metrics of the last evaluation in this process. `evaluate` sets it.
-        results: detections of that evaluation, in COCO's results format. `evaluate` sets it.
+        results: detections of that evaluation in COCO's results format, or the proposals of an
+            RPN. `evaluate` sets it.
     """
 
     output: Path
@@ -61,7 +63,7 @@ class RunContext:
     stop: StopSignal = dataclasses.field(default_factory=StopSignal)
     step: dict[str, float] = dataclasses.field(default_factory=dict)
     scores: CocoEvaluation | None = None
-    results: Sequence[Mapping] = ()
+    results: Sequence[Mapping] | Proposals = ()
 
     @property
     def is_writer(self) -> bool:
@@ -244,20 +246,22 @@ class EvaluateEpochs(RunCallback):
             with averaged_weights(self.model):
                 run.evaluate()
                 metrics = run.scores.metrics
-                best = self.model.inference_copy() if metrics["AP"] > state.best_AP else None
-            state.best_AP = max(metrics["AP"], state.best_AP)
-            logs.update({f"val_{name}": metrics[name] for name in COCO_METRICS})
+                score = metrics[run.evaluation.best_metric]
+                best = self.model.inference_copy() if score > state.best_score else None
+            state.best_score = max(score, state.best_score)
+            logs.update({f"val_{name}": metrics[name] for name in run.evaluation.metric_names})
             if run.is_writer:
                 if best is not None:
                     write_model(best, run.output / "checkpoints" / "best.keras")
-                print(f"\nEpoch {epoch + 1}: {format_metrics(metrics)}", flush=True)
-                content = {"epoch": epoch + 1, "best_AP": state.best_AP, **metrics}
+                named = format_metrics(metrics, run.evaluation.metric_names)
+                print(f"\nEpoch {epoch + 1}: {named}", flush=True)
+                content = {"epoch": epoch + 1, "best_score": state.best_score, **metrics}
                 write_text(run.output / "metrics.json", json.dumps(content, indent=2) + "\n")
         state.history.append({"epoch": epoch + 1, **logs})
         state.epochs = epoch + 1
         if run.is_writer:
             losses = ("loss", *self.model.loss_names, "learning_rate")
-            columns = ("epoch", *losses, *(f"val_{name}" for name in COCO_METRICS))
+            columns = ("epoch", *losses, *(f"val_{name}" for name in run.evaluation.metric_names))
             write_text(run.output / "history.csv", _table(state.history, columns))
             measured = ("gradient_norm", "rpn_positives", "roi_positives", "images_per_second")
             write_text(run.output / "steps.csv", _table(state.curves, ("step", *losses, *measured)))
@@ -306,6 +310,7 @@ class WriteTensorBoard(RunCallback):
                     tf.summary.scalar(f"validation/{name.removeprefix('val_')}", value)
                 else:
                     tf.summary.scalar(f"epoch/{name}", value)
+            # Not of an RPN: a thousand boxes show nothing.
             if "val_AP" in logs:
                 self._draw()
         self.writer.flush()

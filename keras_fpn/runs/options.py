@@ -65,7 +65,7 @@ def read_arguments(module: str, name: str) -> dict[str, Argument]:
             type=_type(name.annotation),
             default=inspect.Parameter.empty if default is None else _value(module, default),
             # The help shows the default beside the doc.
-            doc=re.sub(r" ?Defaults to [^\s,]+\.(?= |$)", "", docs[name.arg]),
+            doc=re.sub(r" ?Defaults to [^\s,]+\.(?= |$)", "", docs.get(name.arg, "")),
         )
         for name, default in zip(names, defaults, strict=True)
         if name.arg != "self"

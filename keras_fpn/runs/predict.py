@@ -10,6 +10,7 @@ the order given, from 1, and file_name is added.
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -25,7 +26,9 @@ class Options:
         model: folder of a run (its best model), a weights file, "coco" or "coco_v2".
         output: new folder for pictures and detections.
         score_threshold: boxes with a score below this are not drawn.
-        shorter_edge: images are resized to this shorter edge; the run's own by default.
+        shorter_edge: images are resized to this shorter edge; the run's own by default. Or several
+            scales.
+        merge: how detections at several scales are merged: NMS, or box voting after it.
         longest_edge: upper limit of the longer edge after resizing; the run's own by default.
     """
 
@@ -33,7 +36,8 @@ class Options:
     model: str
     output: Path
     score_threshold: float = 0.5
-    shorter_edge: int | None = None
+    shorter_edge: tuple[int, ...] | None = None
+    merge: Literal["nms", "vote"] = "nms"
     longest_edge: int | None = None
 
 
@@ -46,6 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     from keras_fpn.data.coco_metrics import coco_results
     from keras_fpn.data.drawing import draw_detections
     from keras_fpn.data.image_files import read_image
+    from keras_fpn.faster_rcnn import FasterRCNN
     from keras_fpn.runs.run_folder import claim_folder, evaluation_edges, load_detector
     from keras_fpn.serving.inference import detect
 
@@ -55,6 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
             received = ", ".join(map(repr, missing)) or "none"
             raise FileNotFoundError(f"Images must be existing files; received {received}.")
         model, configuration = load_detector(options.model)
+        if not isinstance(model, FasterRCNN):
+            raise ValueError(f"--model must be a Faster R-CNN; received a {type(model).__name__}.")
         edges = evaluation_edges(configuration, options.shorter_edge, options.longest_edge)
         output = claim_folder(options.output)
     category_ids = configuration.get("category_ids", list(range(1, model.num_classes + 1)))
@@ -66,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         if problem:
             skipped.append(f"{name} ({problem.decode()})")
         else:
-            [found] = detect(model, image, **edges, verbose=0)
+            [found] = detect(model, image, **edges, merge=options.merge, verbose=0)
             results = coco_results(
                 {key: values[None] for key, values in found.items()},
                 [number],

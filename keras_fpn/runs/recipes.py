@@ -6,14 +6,22 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+# Name of a model to that of its builder.
+BUILDERS = {
+    "faster_rcnn": "build_fpn_faster_rcnn",
+    "rpn": "build_fpn_rpn",
+    "fast_rcnn": "build_fpn_fast_rcnn",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Hyperparameters of the run. The defaults are the 1x schedule: 12 epochs of COCO.
 
     Attributes:
-        model: arguments of `build_fpn_faster_rcnn`, those of stages in dicts. Only what is in here
-            is passed; everything else follows its `"weights"`, or is the builder's default.
+        model: arguments of the model's builder, those of stages in dicts. Only what is in here is
+            passed; everything else follows its `"weights"`, or is the builder's default.
+        detector: Faster R-CNN, the RPN alone, or Fast R-CNN on stored proposals.
         shorter_edges: training images are resized so that the shorter edge is one of these, chosen
             at random.
         evaluation_shorter_edge: the same for evaluation.
@@ -42,6 +50,7 @@ class Recipe:
     model: Annotated[Mapping[str, Any], tyro.conf.Suppress] = dataclasses.field(
         default_factory=dict
     )
+    detector: Annotated[Literal[tuple(BUILDERS)], tyro.conf.arg(name="model")] = "faster_rcnn"
     shorter_edges: tuple[int, ...] = (800,)
     evaluation_shorter_edge: int = 800
     longest_edge: int = 1333

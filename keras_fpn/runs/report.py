@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from keras_fpn.data.coco_metrics import COCO_METRICS, CocoEvaluation
+from keras_fpn.data.coco_metrics import CocoEvaluation
 from keras_fpn.runs.pictures import detections_beside_truth
 from keras_fpn.runs.run_state import write_text
 
@@ -27,7 +27,8 @@ def write_report(
     history: Sequence[dict],
     evaluation: CocoEvaluation,
     ground_truth: dict,
-    results: Sequence[dict],
+    results: Sequence[dict] | None,
+    metric_names: Sequence[str],
     read_images: Callable[[list[int]], dict[int, np.ndarray]],
 ) -> Path:
     """Writes `report.html`, with its pictures embedded.
@@ -40,7 +41,8 @@ def write_report(
         history: losses and `"val_..."` metrics of each epoch, each with `"epoch"`.
         evaluation: metrics after the last epoch.
         ground_truth: ground truth in COCO's format.
-        results: detections of that evaluation, in COCO's results format.
+        results: detections of that evaluation, in COCO's results format; None to show no images.
+        metric_names: names of the metrics, without those of classes.
         read_images: image ids to RGB pixels, by image id; unreadable images are omitted.
 
     Returns:
@@ -50,10 +52,18 @@ def write_report(
     recipe |= {f"model.{name}": value for name, value in recipe.pop("model", {}).items()}
     sections = [
         _section("Losses", _figure(lambda axes: _draw_losses(axes, steps)) if steps else ""),
-        _section("COCO metrics", _metrics_table(evaluation.metrics) + _epochs_figure(history)),
+        _section(
+            "COCO metrics",
+            _metrics_table(evaluation.metrics, metric_names)
+            + _epochs_figure(history, metric_names),
+        ),
         _section("Precision and recall", _precision_figure(evaluation.precision)),
         _section("Classes", _classes_table(evaluation.metrics)),
-        *_image_sections(configuration, ground_truth, results, read_images),
+        *(
+            []
+            if results is None
+            else _image_sections(configuration, ground_truth, results, read_images)
+        ),
         _section("Recipe", _table(("", ""), sorted((k, str(v)) for k, v in recipe.items()))),
     ]
     data = f"{configuration['dataset']}: {configuration['train_split']}, evaluated on "
@@ -158,13 +168,14 @@ def _draw_losses(axes, steps) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(axes.lines), frameon=False)
 
 
-def _epochs_figure(history) -> str:
-    rows = [row for row in history if row.get("val_AP", -1) >= 0]
+def _epochs_figure(history, metric_names) -> str:
+    drawn = metric_names[:3]
+    rows = [row for row in history if row.get(f"val_{drawn[0]}", -1) >= 0]
     if len(rows) < 2:  # A single point is in the table.
         return ""
 
     def draw(axes):
-        for name in ("AP", "AP50", "AP75"):
+        for name in drawn:
             values = [row[f"val_{name}"] for row in rows]
             axes.plot([row["epoch"] for row in rows], values, label=name, marker="o")
         axes.set_xlabel("epoch")
@@ -197,8 +208,8 @@ def _precision_figure(precision: np.ndarray) -> str:
     return _figure(draw)
 
 
-def _metrics_table(metrics) -> str:
-    return _table(COCO_METRICS, [[_number(metrics[name]) for name in COCO_METRICS]])
+def _metrics_table(metrics, names) -> str:
+    return _table(names, [[_number(metrics[name]) for name in names]])
 
 
 def _classes_table(metrics) -> str:

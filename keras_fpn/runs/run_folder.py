@@ -11,7 +11,7 @@ from keras_fpn.runs.recipes import Recipe
 from keras_fpn.runs.run_state import checkpoints, write_text
 
 if TYPE_CHECKING:
-    from keras_fpn.faster_rcnn import FasterRCNN
+    from keras_fpn.detector import Detector
 
 # Entries of config.json that record the environment, or follow from the others.
 _NOT_COMPARED = ("recipe", "versions", "data_dir", "stages")
@@ -101,7 +101,7 @@ def recipe_in(configuration: dict) -> Recipe:
     return Recipe(**{n: tuple(x) if isinstance(x, list) else x for n, x in entries})
 
 
-def load_detector(path: str | os.PathLike) -> tuple["FasterRCNN", dict]:
+def load_detector(path: str | os.PathLike) -> tuple["Detector", dict]:
     """Loads a detector from a run's folder (its best model), a file, or published weights.
 
     Args:
@@ -151,8 +151,8 @@ def load_detector(path: str | os.PathLike) -> tuple["FasterRCNN", dict]:
 
 
 def evaluation_edges(
-    configuration: dict, shorter_edge: int | None, longest_edge: int | None
-) -> dict[str, int]:
+    configuration: dict, shorter_edge: int | tuple[int, ...] | None, longest_edge: int | None
+) -> dict:
     """Returns the edges to resize images to: those given, else those of the run's evaluation."""
     recipe = configuration.get("recipe", {})
     if shorter_edge is None:

@@ -30,7 +30,7 @@ class RunState:
     Attributes:
         steps: training steps taken.
         epochs: epochs completed, with their evaluation.
-        best_AP: AP of best.keras; -1 before there is one.
+        best_score: AP of best.keras, AR1k of an RPN; -1 before there is one.
         history: losses and metrics of each epoch.
         curves: values of some of the steps.
         means: totals and counts of the losses' means over the current epoch.
@@ -38,7 +38,7 @@ class RunState:
 
     steps: int = 0
     epochs: int = 0
-    best_AP: float = -1.0
+    best_score: float = -1.0
     history: list[dict] = dataclasses.field(default_factory=list)
     curves: list[dict] = dataclasses.field(default_factory=list)
     means: list[float] = dataclasses.field(default_factory=list)

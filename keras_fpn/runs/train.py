@@ -1,4 +1,4 @@
-"""Trains Faster R-CNN with a feature pyramid on a detection data set.
+"""Trains a detector with a feature pyramid on a detection data set.
 
     keras-fpn train --dataset coco/2017 --data-dir ~/tensorflow_datasets --output runs/coco
 
@@ -23,9 +23,16 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from keras_fpn.runs.command import StrategyName, exits_on_bad_input, given_options, parse
-from keras_fpn.runs.options import merge_model, model_arguments, model_options
-from keras_fpn.runs.recipes import RECIPES, Recipe
+from keras_fpn.runs.options import (
+    merge_model,
+    model_arguments,
+    model_options,
+    read_arguments,
+)
+from keras_fpn.runs.recipes import BUILDERS, RECIPES, Recipe
 from keras_fpn.runs.run_folder import read_configuration, recipe_in
+
+SPLITS = ("train_split", "validation_split", "proposals", "validation_proposals")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +48,9 @@ class Run:
         download: let TFDS download and prepare a data set that is missing.
         train_split: split to train on; TFDS's slices such as train[:8] work.
         validation_split: split to evaluate on.
+        proposals: file of proposals for the training split, for Fast R-CNN: written by keras-fpn
+            evaluate --results, results in COCO's format, or a proposal file of Detectron2.
+        validation_proposals: the same for the validation split.
         strategy: devices to use; auto takes all GPUs, of all workers named by TF_CONFIG or Slurm.
         jit_compile: compile with XLA.
         verbose: 1 shows a progress bar, 2 one line per epoch, 0 neither.
@@ -54,6 +64,8 @@ class Run:
     download: bool = False
     train_split: str = "train"
     validation_split: str = "validation"
+    proposals: Path | None = None
+    validation_proposals: Path | None = None
     strategy: StrategyName = "auto"
     jit_compile: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: on one GPU)")] = False
     verbose: Literal[0, 1, 2] = 1
@@ -76,14 +88,22 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Any, Recipe]:
     start = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     start.add_argument("--recipe", choices=RECIPES, default="1x")
     start.add_argument("--config")
+    start.add_argument("--model", choices=BUILDERS)
     chosen, _ = start.parse_known_args(arguments)
     recipe, data = RECIPES[chosen.recipe], {}
     if chosen.config is not None:
         with exits_on_bad_input():
             configuration = read_configuration(chosen.config)
         recipe = recipe_in(configuration)
-        names = ("dataset", "data_dir", "train_split", "validation_split")
+        names = ("dataset", "data_dir", *SPLITS)
         data = {name: configuration[name] for name in names if name in configuration}
+        for name in ("proposals", "validation_proposals"):
+            data[name] = Path(data[name]) if data.get(name) else None
+    detector = chosen.model or recipe.detector
+    known = read_arguments("builder", BUILDERS[detector])
+    # What another model of the same recipe has no use for.
+    model = {name: value for name, value in recipe.model.items() if name in known}
+    recipe = dataclasses.replace(recipe, model=model, detector=detector)
     everyday, stages = model_options(recipe.model)
     options = dataclasses.make_dataclass(
         "Options",

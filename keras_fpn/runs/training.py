@@ -18,12 +18,15 @@ import tensorflow as tf
 import keras_fpn
 from keras_fpn.data.datasets import DetectionDataset, load_dataset
 from keras_fpn.data.pipeline import training_batches
+from keras_fpn.data.proposals import read_proposals, with_proposals
 from keras_fpn.data.skip_report import SkipReport
+from keras_fpn.detector import Detector
 from keras_fpn.optimization import SGDWithL2, WarmupCosineDecay, WarmupStepDecay
 from keras_fpn.runs.callbacks import RunContext, averaged_weights, run_callbacks
 from keras_fpn.runs.command import exits_on_bad_input
 from keras_fpn.runs.evaluation import Evaluation, check_same_classes
-from keras_fpn.runs.recipes import Recipe
+from keras_fpn.runs.options import read_arguments
+from keras_fpn.runs.recipes import BUILDERS, Recipe
 from keras_fpn.runs.report import write_report
 from keras_fpn.runs.run_folder import claim_run
 from keras_fpn.runs.run_state import RunState, checkpoint_file, checkpoints, read_checkpoint
@@ -43,7 +46,7 @@ def train(options: Run, recipe: Recipe) -> None:
     with exits_on_bad_input():
         strategy = choose_strategy(options.strategy)
         recipe = checked_recipe(recipe, strategy.num_replicas_in_sync, options.jit_compile)
-        train_data, validation_data = open_splits(options)
+        train_data, validation_data = open_splits(options, recipe.detector)
         steps = steps_per_epoch(recipe, train_data)
         keras.utils.set_random_seed(recipe.seed)
         if recipe.precision != "float32":
@@ -100,7 +103,8 @@ def train(options: Run, recipe: Recipe) -> None:
             history=state.history,
             evaluation=run.scores,
             ground_truth=evaluation.ground_truth,
-            results=run.results,
+            results=None if evaluation.is_rpn else run.results,
+            metric_names=evaluation.metric_names,
             read_images=validation_data.read_images,
         )
         print(
@@ -137,11 +141,12 @@ def checked_recipe(recipe: Recipe, replicas: int, jit_compile: bool | str) -> Re
     return recipe
 
 
-def open_splits(options: Run) -> tuple[DetectionDataset, DetectionDataset]:
-    """Opens the splits for training and validation.
+def open_splits(options: Run, detector: str) -> tuple[DetectionDataset, DetectionDataset]:
+    """Opens the splits for training and validation, with proposals for Fast R-CNN.
 
     Raises:
-        ValueError: if they have different classes; further as in `load_dataset`.
+        ValueError: if they have different classes, or proposals are missing or not needed; further
+            as in `load_dataset` and `read_proposals`.
     """
     train_data, validation_data = (
         load_dataset(options.dataset, split, options.data_dir, download=options.download)
@@ -150,6 +155,15 @@ def open_splits(options: Run) -> tuple[DetectionDataset, DetectionDataset]:
     check_same_classes(
         validation_data, train_data.class_names, train_data.category_ids, "the training split"
     )
+    files = (options.proposals, options.validation_proposals)
+    if (detector == "fast_rcnn") != all(files) or any(files) != all(files):
+        raise ValueError(
+            "--proposals and --validation-proposals are for --model fast_rcnn, which needs both; "
+            f"received {files[0]} and {files[1]} for {detector}."
+        )
+    if detector == "fast_rcnn":
+        train_data = with_proposals(train_data, read_proposals(files[0]))
+        validation_data = with_proposals(validation_data, read_proposals(files[1]))
     return train_data, validation_data
 
 
@@ -168,11 +182,21 @@ def steps_per_epoch(recipe: Recipe, data: DetectionDataset) -> int:
     return images // recipe.batch_size
 
 
-def build_model(recipe: Recipe, class_names: list[str]) -> keras_fpn.FasterRCNN:
-    """Builds the detector of a recipe."""
-    return keras_fpn.build_fpn_faster_rcnn(
-        class_names=class_names, seed=recipe.seed, **recipe.model
-    )
+def build_model(recipe: Recipe, class_names: list[str]) -> Detector:
+    """Builds the model of a recipe.
+
+    Raises:
+        ValueError: if it has no such argument; further as in the builder.
+    """
+    build = getattr(keras_fpn, BUILDERS[recipe.detector])
+    arguments = {"class_names": class_names, "seed": recipe.seed, **recipe.model}
+    known = read_arguments("builder", BUILDERS[recipe.detector])
+    if recipe.detector == "rpn":
+        del arguments["class_names"]
+    for name in arguments:
+        if name not in known:
+            raise ValueError(f"--model {recipe.detector} has no {name}; received it.")
+    return build(**arguments)
 
 
 def build_optimizer(recipe: Recipe, steps_per_epoch: int) -> SGDWithL2:
@@ -195,15 +219,18 @@ def build_optimizer(recipe: Recipe, steps_per_epoch: int) -> SGDWithL2:
     )
 
 
-def configuration_of(
-    options: Run, recipe: Recipe, data: DetectionDataset, model: keras_fpn.FasterRCNN
-) -> dict:
+def configuration_of(options: Run, recipe: Recipe, data: DetectionDataset, model: Detector) -> dict:
     """Returns what goes into config.json: what was asked for, and what it resulted in."""
     return {
         "dataset": options.dataset,
         "data_dir": options.data_dir,
         "train_split": options.train_split,
         "validation_split": options.validation_split,
+        **{
+            name: str(path)
+            for name in ("proposals", "validation_proposals")
+            if (path := getattr(options, name)) is not None
+        },
         "recipe": dataclasses.asdict(recipe),
         "class_names": data.class_names,
         "category_ids": data.category_ids,
@@ -216,7 +243,7 @@ def configuration_of(
     }
 
 
-def resume(model: keras_fpn.FasterRCNN, output: Path, configuration: dict) -> RunState:
+def resume(model: Detector, output: Path, configuration: dict) -> RunState:
     """Claims the output folder, and loads its last checkpoint if there is one.
 
     Worker 0 tells the others which checkpoint it found.

@@ -5,7 +5,7 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 
 from keras_fpn.boxes import convert_boxes
 from keras_fpn.faster_rcnn import FasterRCNN
-from keras_fpn.validation import check_int, check_pixels
+from keras_fpn.image_pyramid import MERGE_METHODS, merge_scales
+from keras_fpn.validation import check_choice, check_int, check_pixels
 
 # With more batches than this, verbose="auto" shows a progress bar.
 _FEW_BATCHES = 3
@@ -27,8 +28,9 @@ def detect(
     images: Any,
     *,
     batch_size: int = 4,
-    shorter_edge: int = 800,
+    shorter_edge: int | Sequence[int] = 800,
     longest_edge: int = 1333,
+    merge: str = "nms",
     score_threshold: float | None = None,
     verbose: str | int = "auto",
 ) -> list[dict[str, np.ndarray]]:
@@ -38,6 +40,11 @@ def detect(
     edge would exceed `longest_edge`. Images of similar shape share a batch, and files are decoded
     one batch ahead of the model, so that thousands of paths take the memory of two batches. If
     every new shape is compiled (XLA, JAX), batches are padded to one of four shapes.
+
+    Several shorter edges make a featurized image pyramid (FPN, Fig. 1a): the detector runs on the
+    image at each of these scales, and the detections are merged (`keras_fpn.image_pyramid`), with
+    the NMS IoU threshold and the number of detections that the model has. Each scale takes its own
+    time and, if shapes are compiled, its own four shapes.
 
     TensorFlow decodes and resizes, on every backend. The EXIF orientation is not applied, as in
     training.
@@ -49,8 +56,11 @@ def detect(
             pixels in 0..255, `[height, width, 3]` RGB or `[height, width]` gray. An array `[batch,
             height, width, 3]` is a sequence of images.
         batch_size: largest number of images in a batch. Defaults to 4.
-        shorter_edge: target length of the shorter edge, in pixels. Defaults to 800.
-        longest_edge: limit of the longer edge, in pixels. Defaults to 1333.
+        shorter_edge: target length of the shorter edge, in pixels, or a sequence of several.
+            Defaults to 800.
+        longest_edge: limit of the longer edge, in pixels, the same at all scales, as in
+            Detectron2's test-time augmentation, where it is 4000. Defaults to 1333.
+        merge: `method` of `merge_scales`, "nms" or "vote" (box voting). Defaults to "nms".
         score_threshold: detections with a score above this are returned. Defaults to None, all that
             the model returns, which has a threshold of its own.
         verbose: 1 shows a progress bar, 0 none; "auto", the default, shows one for more than three
@@ -71,48 +81,80 @@ def detect(
     if not isinstance(model, FasterRCNN):
         raise TypeError(f"`model` must be a FasterRCNN; received {type(model).__name__}.")
     batch_size = check_int("batch_size", batch_size)
-    shorter_edge = check_int("shorter_edge", shorter_edge)
+    shorter_edges = _check_edges(shorter_edge)
     longest_edge = check_int("longest_edge", longest_edge)
+    check_choice("merge", merge, MERGE_METHODS)
     if verbose not in ("auto", 0, 1):
         raise ValueError(f"`verbose` must be 'auto', 0 or 1; received {verbose!r}.")
     images = _as_list(images)
     if not images:
         return []
 
-    results: list = [None] * len(images)
+    # For each scale, what was found in each image.
+    found: list[list] = [[None] * len(images) for _ in shorter_edges]
     with ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as threads:
         sizes = _sizes(images, threads)
-        resized = _graph_functions()["resized_sizes"](sizes, shorter_edge, longest_edge).numpy()
-        batches = _batches(model, resized, shorter_edge, longest_edge, batch_size)
+        resized_sizes = _graph_functions()["resized_sizes"]
+        resized = [resized_sizes(sizes, edge, longest_edge).numpy() for edge in shorter_edges]
+        batches = [
+            (scale, *batch)
+            for scale, edge in enumerate(shorter_edges)
+            for batch in _batches(model, resized[scale], edge, longest_edge, batch_size)
+        ]
         progress = None
         if verbose == 1 or (verbose == "auto" and len(batches) > _FEW_BATCHES):
-            progress = keras.utils.Progbar(len(images), unit_name="image")
+            progress = keras.utils.Progbar(len(images) * len(found), unit_name="image")
 
         def start(batch: tuple) -> tuple:
-            rows, shape = batch
+            scale, rows, shape = batch
             futures = [
-                threads.submit(_resized_pixels, images[row], _name(images[row], row), resized[row])
+                threads.submit(
+                    _resized_pixels, images[row], _name(images[row], row), resized[scale][row]
+                )
                 for row in rows
             ]
-            return rows, shape, futures
+            return scale, rows, shape, futures
 
-        for rows, shape, futures in _one_ahead(start, batches):
+        for scale, rows, shape, futures in _one_ahead(start, batches):
             pixels = np.zeros((len(rows), *shape, 3), "float32")
             for image, future in zip(pixels, futures, strict=True):
                 height, width = future.result().shape[:2]
                 image[:height, :width] = future.result()
-            inputs = {"images": pixels, "image_sizes": resized[rows]}
+            inputs = {"images": pixels, "image_sizes": resized[scale][rows]}
             detections = _to_xyxy(model, model.predict_on_batch(inputs), inputs["image_sizes"])
             for i, row in enumerate(rows):
-                results[row] = _own_detections(
+                found[scale][row] = _own_detections(
                     {name: values[i] for name, values in detections.items()},
-                    resized[row],
+                    resized[scale][row],
                     sizes[row],
-                    score_threshold,
                 )
             if progress is not None:
-                progress.update(sum(result is not None for result in results))
+                progress.update(sum(one is not None for one in itertools.chain(*found)))
+    if len(found) == 1:
+        results = found[0]
+    else:
+        results = [
+            merge_scales(
+                at_scales,
+                nms_iou_threshold=model.detections.nms_iou_threshold,
+                max_detections=model.detections.max_detections,
+                method=merge,
+            )
+            for at_scales in zip(*found, strict=True)
+        ]
+    if score_threshold is not None:
+        # Not before: boxes of low scores vote too.
+        results = [_above(score_threshold, one) for one in results]
     return results
+
+
+def _check_edges(shorter_edge: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns the shorter edge at each scale."""
+    if not isinstance(shorter_edge, (Sequence, np.ndarray)):
+        shorter_edge = [shorter_edge]
+    if not len(shorter_edge):
+        raise ValueError(f"`shorter_edge` must have at least one entry; received {shorter_edge!r}.")
+    return tuple(check_int("shorter_edge", edge) for edge in shorter_edge)
 
 
 # === Kinds of images ===
@@ -324,13 +366,9 @@ def _to_xyxy(model: FasterRCNN, detections: dict, image_sizes: np.ndarray) -> di
     }
 
 
-def _own_detections(
-    detections: dict, resized: np.ndarray, size: np.ndarray, score_threshold: float | None
-) -> dict:
+def _own_detections(detections: dict, resized: np.ndarray, size: np.ndarray) -> dict:
     """Returns the detections of one image in its original pixels, without padding rows."""
     real = detections["labels"] >= 0
-    if score_threshold is not None:
-        real &= detections["scores"] > score_threshold
     edges = np.tile(size[::-1], 2)
     boxes = detections["boxes"][real] * (edges / np.tile(resized[::-1], 2))
     return {
@@ -338,3 +376,9 @@ def _own_detections(
         "scores": detections["scores"][real],
         "labels": detections["labels"][real],
     }
+
+
+def _above(score_threshold: float, detections: dict) -> dict:
+    """Returns the detections of an image with a score above the threshold."""
+    above = detections["scores"] > score_threshold
+    return {name: values[above] for name, values in detections.items()}

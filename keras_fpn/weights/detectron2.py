@@ -149,15 +149,21 @@ def load_detectron2_arrays(
             int(match[1]), f"{RPN_HEAD}.{match[0]}"
         )
     }
-    is_rpn_alone = not any(name.startswith("roi_heads.") for name in arrays)
-    if is_rpn_alone:
+    layouts = {}
+    if "rpn_head" not in model.stage_names:
+        arrays = {k: v for k, v in arrays.items() if not k.startswith("proposal_generator.")}
+    if "box_head" not in model.stage_names:
+        arrays = {k: v for k, v in arrays.items() if not k.startswith("roi_heads.")}
+    elif not any(name.startswith("roi_heads.") for name in arrays):
+        # Weights of an RPN alone.
         layers = {key: layer for key, layer in layers.items() if not key.startswith("box_head/")}
-    elif not with_classes:
-        arrays = {k: v for k, v in arrays.items() if not k.startswith(PREDICTOR)}
-        for layer in model.box_head.class_layers():
-            del layers[f"box_head/{layer.name}"]
-    bins = model.roi_pooling.output_size
-    layouts = {"box_head/hidden1": {"columns": channels_last_columns(bins)}}
+    else:
+        columns = channels_last_columns(model.roi_pooling.output_size)
+        layouts["box_head/hidden1"] = {"columns": columns}
+        if not with_classes:
+            arrays = {k: v for k, v in arrays.items() if not k.startswith(PREDICTOR)}
+            for layer in model.box_head.class_layers():
+                del layers[f"box_head/{layer.name}"]
     assign(plan_of(layers, names, layouts), arrays)
 
 

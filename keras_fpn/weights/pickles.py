@@ -59,6 +59,8 @@ def unpickle(
     memo: dict[int, Any] = {}
     # The stack, as one list for what lies below the first mark and one for each mark.
     piles: list[list] = [[]]
+    # One operation for every 8 bytes of a large file: proposals of 118,000 images take 5 million.
+    limit = max(MAX_OPERATIONS, (allowance - 2**26) // 128)
 
     def pop() -> Any:
         if not piles[-1]:
@@ -77,8 +79,8 @@ def unpickle(
         return piles.pop()
 
     for count, (operation, argument) in enumerate(_operations(stream)):
-        if count > MAX_OPERATIONS:
-            raise Refused(f"is a pickle of more than {MAX_OPERATIONS} operations")
+        if count > limit:
+            raise Refused(f"is a pickle of more than {limit} operations")
         match operation:
             case "PROTO" | "FRAME":
                 pass

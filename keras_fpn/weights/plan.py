@@ -101,16 +101,22 @@ def plan_of(
             template for `re.Match.expand`, or a function of the match.
         layouts: "stage/layer" to arguments of `convolution` or `dense`, where the file's layout
             differs.
+
+    Raises:
+        ValueError: for a layer that no expression matches.
     """
     plan = []
     for key, layer in layers.items():
-        match, name = next(
-            (match, name)
-            for pattern, name in names.items()
-            if (match := re.fullmatch(pattern, key))
-        )
+        matches = ((re.fullmatch(pattern, key), name) for pattern, name in names.items())
+        found = next(((match, name) for match, name in matches if match), None)
+        if found is None:
+            raise ValueError(
+                f"Files of this format have no weights for the layer {key}; nothing was loaded."
+            )
+        match, name = found
         name = match.expand(name) if isinstance(name, str) else name(match)
-        entries = _ENTRIES.get(type(layer), normalization)
+        kinds = (entries for kind, entries in _ENTRIES.items() if isinstance(layer, kind))
+        entries = next(kinds, normalization)
         plan += entries(name, layer, **(layouts or {}).get(key, {}))
     return plan
 

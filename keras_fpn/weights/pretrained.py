@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from keras_fpn.data.coco_classes import COCO_CLASS_NAMES, coco_names_by_id
-from keras_fpn.faster_rcnn import FasterRCNN
+from keras_fpn.detector import Detector
 from keras_fpn.weights.checkpoints import read_checkpoint
 from keras_fpn.weights.detectron2 import (
     detectron2_architecture,
@@ -38,20 +38,23 @@ class Pretrained(NamedTuple):
         stages: name in `keras_fpn.builder.STAGES` to a stage or its arguments, as far as the file
             tells or its authors' defaults differ.
         num_classes: number of classes that the box head was trained for; None without a box head.
-        default_classes: number of classes of a model for it unless another is asked for.
+        default_classes: number of classes of a model for it unless another is asked for; None if
+            the file does not tell.
         class_names: number of classes to their names, where known.
         image_shape: of the model; None if the file does not tell.
-        load: loads the weights into a model; its second argument is whether to load the layers
-            that depend on the classes.
+        load: loads the weights of all stages that both have into a model; its second argument is
+            whether to load the layers that depend on the classes.
+        missing_stages: names of stages that the file has no weights of.
     """
 
     backbone: str | keras.Model | None
     stages: dict[str, Any]
     num_classes: int | None
-    default_classes: int
+    default_classes: int | None
     class_names: dict[int, tuple[str, ...]]
-    load: Callable[[FasterRCNN, bool], None]
+    load: Callable[[Detector, bool], None]
     image_shape: tuple[int | None, ...] | None = None
+    missing_stages: tuple[str, ...] = ()
 
 
 def open_detector(weights: str | os.PathLike) -> Pretrained:
@@ -132,9 +135,10 @@ def _open_detectron2(contents: Mapping, arrays: Mapping[str, np.ndarray]) -> Pre
         backbone,
         stages,
         num_classes,
-        num_classes or len(COCO_CLASS_NAMES),
+        num_classes,
         class_names,
         load,
+        missing_stages=("box_head",) if num_classes is None else (),
     )
 
 
@@ -146,17 +150,17 @@ def is_keras_file(path: Path) -> bool:
         return {"config.json", "model.weights.h5"} <= set(archive.namelist())
 
 
-def load_keras_file(path: Path) -> FasterRCNN:
-    """Returns the detector in a `.keras` file of any name, uncompiled.
+def load_keras_file(path: Path) -> Detector:
+    """Returns the model in a `.keras` file of any name, uncompiled.
 
     Raises:
         ValueError: if the file is damaged, or holds another model.
     """
     with _damage_is_named(path), _named(path, "model.keras") as named:
         model = keras.saving.load_model(named, compile=False)
-    if not isinstance(model, FasterRCNN):
+    if not isinstance(model, Detector):
         raise ValueError(
-            f"{str(path)!r} must contain a FasterRCNN; received a {type(model).__name__}."
+            f"{str(path)!r} must contain a model of keras_fpn; received a {type(model).__name__}."
         )
     return model
 
@@ -168,9 +172,10 @@ def _open_keras_file(path: Path) -> Pretrained:
         {name: getattr(source, name) for name in source.stage_names if name != "backbone"},
         source.num_classes,
         source.num_classes,
-        {source.num_classes: source.class_names} if source.class_names else {},
+        {len(source.class_names): source.class_names} if source.class_names else {},
         lambda model, with_classes: _copy_weights(source, model, with_classes),
         source.image_shape,
+        tuple({"rpn_head", "box_head"} - {*source.stage_names}),
     )
 
 
@@ -185,16 +190,18 @@ def _open_h5(path: Path) -> Pretrained:
 
     with _damage_is_named(path), h5py.File(path) as file:
         file.visititems(visit)
-    if len(num_classes) != 1:
+    if not arrays or len(num_classes) > 1:
         raise ValueError(
-            f"{str(path)!r} must contain the weights of a FasterRCNN; received others."
+            f"{str(path)!r} must contain the weights of a model of keras_fpn; received others."
         )
+    classes = num_classes[0] if num_classes else None
 
     def load(model, with_classes):
         config = model.get_config()
-        config["box_head"]["config"]["num_classes"] = num_classes[0]
-        config["class_names"] = None
-        source = FasterRCNN.from_config(config)
+        if classes is not None and "box_head" in config:
+            config["box_head"]["config"]["num_classes"] = classes
+            config["class_names"] = None
+        source = type(model).from_config(config)
         misfit = (
             f"The weights of {str(path)!r} do not fit a model with these arguments; pass those "
             "that it was built with, or its .keras file."
@@ -210,11 +217,14 @@ def _open_h5(path: Path) -> Pretrained:
         _copy_weights(source, model, with_classes)
 
     # The file does not tell the architecture; the builder's arguments do.
-    return Pretrained(None, {}, num_classes[0], num_classes[0], {}, load)
+    return Pretrained(None, {}, classes, classes, {}, load)
 
 
-def _copy_weights(source: FasterRCNN, target: FasterRCNN, with_classes: bool) -> None:
-    for stage in source.stage_names:
+def _copy_weights(source: Detector, target: Detector, with_classes: bool) -> None:
+    """Copies the weights of all stages that both have."""
+    for stage in target.stage_names:
+        if stage not in source.stage_names:
+            continue
         theirs, ours = getattr(source, stage), getattr(target, stage)
         if stage != "box_head" or with_classes:
             ours.set_weights(theirs.get_weights())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import keras
 import numpy as np
 
+from keras_fpn.conv5_head import Conv5Head
 from keras_fpn.data.coco_classes import COCO_IDS_AND_NAMES
 from keras_fpn.weights.plan import (
     assign,
@@ -140,7 +141,7 @@ def load_torchvision_arrays(
     """
     check_resnet(model.backbone, "torchvision")
     layers = layers_with_weights({stage: getattr(model, stage) for stage in model.stage_names})
-    finest = min(int(level[1:]) for level in model.pyramid.laterals)
+    finest = int(model.pyramid.roi_levels[0][1:])
     linear = _hidden_layers(arrays)
     names = NAMES | {
         r"pyramid/lateral(_norm)?_C(\d)": lambda match: (
@@ -153,38 +154,53 @@ def load_torchvision_arrays(
             int(match[1]), f"roi_heads.box_head.{match[0]}"
         ),
     }
-    order = _anchor_order(model.anchors)
-    bins = model.roi_pooling.output_size
-    layouts: dict[str, dict] = {
-        "rpn_head/objectness": {"order": order},
-        "rpn_head/deltas": {"order": (4 * order[:, None] + np.arange(4)).ravel()},
-        "box_head/hidden1": {"columns": channels_last_columns(bins)},
-    }
-    if with_classes:
-        layouts |= _class_layouts(model, arrays)
+    layouts: dict[str, dict] = {}
+    if "rpn_head" in model.stage_names:
+        order = _anchor_order(model.anchors)
+        layouts["rpn_head/objectness"] = {"order": order}
+        layouts["rpn_head/deltas"] = {"order": (4 * order[:, None] + np.arange(4)).ravel()}
     else:
-        arrays = {k: v for k, v in arrays.items() if not k.startswith(PREDICTOR)}
-        for layer in model.box_head.class_layers():
-            del layers[f"box_head/{layer.name}"]
+        arrays = {k: v for k, v in arrays.items() if not k.startswith("rpn.")}
+    if "box_head" in model.stage_names:
+        columns = channels_last_columns(model.roi_pooling.output_size)
+        layouts["box_head/hidden1"] = {"columns": columns}
+        if with_classes:
+            layouts |= _class_layouts(model, arrays)
+        else:
+            arrays = {k: v for k, v in arrays.items() if not k.startswith(PREDICTOR)}
+            for layer in model.box_head.class_layers():
+                del layers[f"box_head/{layer.name}"]
+    else:
+        arrays = {k: v for k, v in arrays.items() if not k.startswith("roi_heads.")}
     assign(plan_of(layers, names, layouts), arrays)
 
 
 def load_backbone_weights(
-    backbone: keras.Model, state_dict: Mapping[str, np.ndarray] | str | os.PathLike
+    backbone: keras.Model,
+    state_dict: Mapping[str, np.ndarray] | str | os.PathLike,
+    box_head: keras.layers.Layer | None = None,
 ) -> None:
     """Loads a torchvision ResNet classifier, without its `fc` layer, into a `ResNet`.
 
     Args:
-        backbone: a `keras_fpn.resnet.ResNet`.
+        backbone: a `keras_fpn.resnet.ResNet`; the stages that it lacks are ignored.
         state_dict: as for `load_torchvision_weights`.
+        box_head: box head of the same model, loaded as well if it is a `Conv5Head`. Defaults to
+            None.
 
     Raises:
         FileNotFoundError, ValueError: see `load_torchvision_weights`.
     """
     arrays = read_arrays(state_dict)
-    arrays = {name: value for name, value in arrays.items() if name not in ("fc.weight", "fc.bias")}
     check_resnet(backbone, "torchvision")
-    plan = plan_of(layers_with_weights({"backbone": backbone}), NAMES)
+    layers = layers_with_weights({"backbone": backbone})
+    last_stage = backbone.last_stage
+    if isinstance(box_head, Conv5Head):
+        layers |= layers_with_weights({"backbone": box_head.conv5})
+        last_stage = 5
+    ignored = ("fc.", *(f"layer{stage - 1}." for stage in range(last_stage + 1, 6)))
+    arrays = {name: value for name, value in arrays.items() if not name.startswith(ignored)}
+    plan = plan_of(layers, NAMES)
     assign([e._replace(name=e.name.removeprefix("backbone.body.")) for e in plan], arrays)
 
 

@@ -137,12 +137,13 @@ class BoxMasks(DetectionDataset):
     boxes_only: DetectionDataset
 
     def records(self, *arguments):
+        # In pixels of an image of 10 x 20.
         proposals = [
-            [0.1, 0.2, 0.5, 0.6],
-            [0.3, 0.3, 0.3, 0.9],
-            [0.5, 0.5, 1.5, 2],
-            [0, 0, 1, 1],
-            [0, 0, 0.5, 0.5],
+            [2.0, 2, 10, 6],
+            [6, 3, 6, 9],
+            [10, 5, 30, 20],
+            [0, 0, 20, 10],
+            [0, 0, 10, 5],
         ]
 
         def add(record):
@@ -154,7 +155,11 @@ class BoxMasks(DetectionDataset):
             x1, y1, x2, y2 = (edge[:, None] for edge in tf.unstack(record["boxes"], axis=1))
             rows, columns = (y > y1) & (y < y2), (x > x1) & (x < x2)
             masks = tf.cast(rows[:, :, None] & columns[:, None], tf.uint8)
-            return record | {"masks": masks, "proposals": tf.constant(proposals)}
+            return record | {
+                "masks": masks,
+                "proposals": tf.constant(proposals),
+                "proposals_size": tf.constant([10, 20]),
+            }
 
         return self.boxes_only.records(*arguments).map(add)
 
@@ -178,9 +183,9 @@ def test_masks_and_proposals_move_with_the_boxes(coco_folder, plain):
     dataset = BoxMasks("masks", "train", folder.class_names, folder.category_ids, 3, folder)
     sizes = {"longest_edge": 128, "max_boxes": 2, "max_proposals": 4}
     batches = training_batches(dataset, 3, shorter_edges=(80,), **sizes)
-    in_evaluation = evaluation_batches(dataset, 3, shorter_edge=80, **sizes).element_spec[1]
-    assert in_evaluation["masks"].shape[1] == 2
-    assert in_evaluation["proposals"].shape[1:] == (4, 4)
+    inputs, targets = evaluation_batches(dataset, 3, shorter_edge=80, **sizes).element_spec
+    assert targets["masks"].shape[1] == 2
+    assert inputs["proposals"].shape[1:] == (4, 4)
     boxes = {10: [[20, 10, 100, 70], [4, 40, 34, 70]], 20: [[12, 16, 36, 36], [0, 0, 0, 0]]}
     proposals = [[12, 16, 60, 48], [60, 40, 120, 80], [0, 0, 120, 80], [0, 0, 60, 40]]
     mirror = np.array([-1, 1, -1, 1])
@@ -189,9 +194,13 @@ def test_masks_and_proposals_move_with_the_boxes(coco_folder, plain):
         assert inputs["images"].shape == (3, 96, 128, 3)
         assert targets["masks"].shape == (3, 2, 96, 128)
         assert targets["masks"].dtype == tf.uint8
-        assert targets["proposals"].shape == (3, 4, 4)
+        assert inputs["proposals"].shape == (3, 4, 4)
+        assert set(targets) == {"boxes", "labels", "image_ids", "masks"}
         for image_id, *received in zip(
-            *(targets[key].numpy() for key in ("image_ids", "boxes", "proposals", "masks")),
+            targets["image_ids"].numpy(),
+            targets["boxes"].numpy(),
+            inputs["proposals"].numpy(),
+            targets["masks"].numpy(),
             strict=True,
         ):
             is_flipped = received[1][0, 0] != 12

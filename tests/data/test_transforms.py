@@ -50,6 +50,27 @@ def test_crop_flip_and_resize_by_hand(flip):
         np.testing.assert_array_equal(image, np.tile(np.array(row)[:, None], (4, 1, 3)))
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_proposals_move_like_boxes_from_any_frame(flip):
+    moved = transform([4, 8], flip, crop=[2, 1, 6, 3])
+    boxes = np.float32([OBJECT, PARTIAL, [0, 0, 6, 4]])
+    expected = moved.boxes(fractions(boxes))
+    for frame, scale in (([0, 0], 1), ([4, 6], 1), ([2, 18], [3, 0.5, 3, 0.5])):
+        proposals = moved.proposals(boxes * np.float32(scale), tf.constant(frame))
+        assert proposals.dtype == tf.float32
+        np.testing.assert_allclose(proposals, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("target_size", [[7, 11], [480, 641], [800, 1333]])
+def test_proposals_in_the_frame_of_the_result_stay_the_same_to_the_bit(target_size):
+    height, width = target_size
+    corners = np.random.default_rng(0).uniform(0, 1, (2000, 2, 2)) * [width, height]
+    proposals = np.sort(corners, axis=1).reshape(-1, 4).astype("float32")
+    proposals[0] = [0, 0, width, height]
+    received = transform(target_size).proposals(proposals, tf.constant(target_size))
+    np.testing.assert_array_equal(received, proposals)
+
+
 def test_no_crop_is_a_crop_of_the_whole_image():
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
     one, other = transform([7, 11], True), transform([7, 11], True, crop=[0, 0, 6, 4])
@@ -71,3 +92,4 @@ def test_records_without_objects():
     moved = transform([8, 12], True, crop=[1, 0, 5, 4])
     assert moved.masks(np.zeros((0, 4, 6), np.uint8)).shape == (0, 8, 12)
     assert moved.boxes(np.zeros((0, 4), np.float32)).shape == (0, 4)
+    assert moved.proposals(np.zeros((0, 4), np.float32), tf.constant([0, 0])).shape == (0, 4)

@@ -35,7 +35,9 @@ def run(tmp_path):
         metrics = dict.fromkeys(COCO_METRICS, 0.0) | {"AP": next(aps)}
         return CocoEvaluation(metrics, np.zeros((10, 101, 3))), []
 
-    evaluation = types.SimpleNamespace(run=evaluate)
+    evaluation = types.SimpleNamespace(
+        run=evaluate, metric_names=COCO_METRICS, best_metric="AP", is_rpn=False
+    )
     recipe = Recipe(epochs=2, batch_size=2, average_decay=0.9)
     return RunContext(tmp_path, model, recipe, 3, None, None, evaluation, RunState(steps=3))
 
@@ -62,9 +64,9 @@ def test_the_best_model_has_the_averaged_weights_and_the_run_keeps_its_own(run):
     assert not best.compiled
     for a, b in zip(best.trainable_variables, expected, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert (run.state.best_AP, run.state.epochs) == (0.5, 2)
+    assert (run.state.best_score, run.state.epochs) == (0.5, 2)
     metrics = json.loads((run.output / "metrics.json").read_text())
-    assert (metrics["epoch"], metrics["AP"], metrics["best_AP"]) == (2, 0.25, 0.5)
+    assert (metrics["epoch"], metrics["AP"], metrics["best_score"]) == (2, 0.25, 0.5)
     assert [row["val_AP"] for row in run.state.history] == [0.5, 0.25]
 
 

@@ -40,7 +40,9 @@ def test_every_argument_of_every_stage_is_an_option_unless_it_is_derived():
                 name not in {*builder.DERIVED, "bounding_box_format", "seed"}
             )
     everyday = {name for name in arguments if "." not in name}
-    assert {"backbone", "backbone_weights", "weights"} == everyday - {*options.everyday_aliases()}
+    assert everyday - {*options.everyday_aliases()} == {
+        *("backbone", "backbone_weights", "weights", "single_scale", "pooling")
+    }
     assert options.everyday_aliases() == {
         "score_threshold": "detections.score_threshold",
         "nms_iou_threshold": "detections.nms_iou_threshold",

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from keras_fpn.data.coco_metrics import coco_evaluation
+from keras_fpn.data.coco_metrics import COCO_METRICS, coco_evaluation
 from keras_fpn.faster_rcnn import FasterRCNN
 from keras_fpn.runs.pictures import detections_beside_truth
 from keras_fpn.runs.report import image_scores, write_report
@@ -104,6 +104,7 @@ def write(tmp_path):
             evaluation=coco_evaluation(truth, results),
             ground_truth=truth,
             results=results,
+            metric_names=COCO_METRICS,
             read_images=read_images,
         )
         return path.read_text()

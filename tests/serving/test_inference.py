@@ -10,6 +10,7 @@ from PIL import Image
 from pixels import bilinear, noise
 from small_detector import tiny_detector
 
+from keras_fpn.image_pyramid import merge_scales
 from keras_fpn.serving.inference import detect
 
 EDGES = {"shorter_edge": 64, "longest_edge": 96, "verbose": 0}
@@ -184,6 +185,44 @@ def test_detections_above_the_threshold_are_returned_as_by_the_model(detector):
     assert_same(fewer, {name: values[kept] for name, values in found.items()}, rtol=0)
 
 
+SCALES = (64, 48)
+
+
+def merged_by_hand(model, image, method):
+    """`detect` once for each of `SCALES`, then merged."""
+    at_scales = [detect(model, image, **EDGES | {"shorter_edge": edge})[0] for edge in SCALES]
+    # The thresholds of `small_detector`.
+    return merge_scales(at_scales, nms_iou_threshold=0.5, max_detections=20, method=method)
+
+
+@pytest.mark.parametrize("merge", ["nms", "vote"])
+def test_several_scales_give_what_each_gives_alone_merged(detector, merge):
+    # In batches of two, the four images of each scale share batches in another order.
+    sizes = [(50, 40), (40, 50), (40, 60), (41, 51)]
+    images = [noise(*size, seed) for seed, size in enumerate(sizes)]
+    edges = EDGES | {"shorter_edge": SCALES}
+    found = detect(detector, images, batch_size=2, merge=merge, **edges)
+    for image, one in zip(images, found, strict=True):
+        assert len(one["labels"]) == 20
+        assert_same(one, merged_by_hand(detector, image, merge), atol=1e-3)
+
+
+def test_boxes_below_the_threshold_vote_all_the_same(detector):
+    image, edges = noise(40, 50), EDGES | {"shorter_edge": SCALES, "merge": "vote"}
+    [found] = detect(detector, image, **edges)
+    threshold = float(found["scores"][5])
+    [fewer] = detect(detector, image, score_threshold=threshold, **edges)
+    kept = found["scores"] > threshold
+    assert 0 < kept.sum() < len(kept)
+    assert_same(fewer, {name: values[kept] for name, values in found.items()}, rtol=0)
+
+
+def test_a_sequence_of_one_scale_is_that_scale(detector):
+    image = noise(40, 50)
+    [found] = detect(detector, image, merge="vote", **EDGES | {"shorter_edge": [64]})
+    assert_same(found, detect(detector, image, **EDGES)[0], rtol=0)
+
+
 def test_a_progress_bar_shows_for_many_batches(detector, capsys):
     images = [noise(40, 50)] * 4
     edges = EDGES | {"verbose": "auto"}
@@ -237,6 +276,12 @@ def test_arguments_out_of_range_are_refused(detector):
         detect(detector, image, batch_size=0)
     with pytest.raises(ValueError, match=r"`shorter_edge` .* received 80\.5"):
         detect(detector, image, shorter_edge=80.5)
+    with pytest.raises(ValueError, match=r"`shorter_edge` .* received 0"):
+        detect(detector, image, shorter_edge=(64, 0))
+    with pytest.raises(ValueError, match=r"`shorter_edge` .* received \(\)"):
+        detect(detector, image, shorter_edge=())
+    with pytest.raises(ValueError, match=r"`merge` .* received 'mean'"):
+        detect(detector, image, merge="mean")
     with pytest.raises(ValueError, match=r"`verbose` .* received 'yes'"):
         detect(detector, image, verbose="yes")
     with pytest.raises(TypeError, match=r"`model` .*FasterRCNN; received ndarray"):
@@ -249,5 +294,10 @@ def test_a_model_of_one_shape_gets_that_shape():
     assert all(
         (one["boxes"][:, 2] <= width).all() for one, width in zip(found, (50, 60), strict=True)
     )
+    [several] = detect(model, noise(40, 50), **EDGES | {"shorter_edge": SCALES})
+    assert_same(several, merged_by_hand(model, noise(40, 50), "nms"), atol=1e-3)
     with pytest.raises(ValueError, match=r"\(64, 96, 3\) .*received .* \[80, 64\]"):
         detect(model, noise(50, 40), **EDGES)
+    # At the second scale only.
+    with pytest.raises(ValueError, match=r"shorter_edge=72 .*received .* \[72, 90\]"):
+        detect(model, noise(40, 50), **EDGES | {"shorter_edge": (64, 72)})

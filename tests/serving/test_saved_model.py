@@ -21,7 +21,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 from pixels import bilinear, noise
-from small_detector import small_detector
+from small_detector import tiny_detector
 
 import keras_fpn
 from keras_fpn.serving import saved_model
@@ -85,7 +85,7 @@ def assert_answers(answer, detector, images, boxes=1e-4, scores=1e-4):
 def detector() -> keras_fpn.FasterRCNN:
     """A detector that finds a few objects in noise, fewer than it has rows for."""
     keras.utils.set_random_seed(0)
-    all_kept = small_detector()
+    all_kept = tiny_detector()
     scores = [
         all_kept.predict(bilinear(noise(*own), *new)[None].astype("float32"), verbose=0)["scores"]
         for own, new in SIZES.items()
@@ -95,7 +95,7 @@ def detector() -> keras_fpn.FasterRCNN:
     middle = gaps[len(gaps) // 4 :][: len(gaps) // 2]
     widest = np.diff(middle).argmax()
     threshold = float(middle[widest : widest + 2].mean())
-    detector = small_detector(score_threshold=threshold)
+    detector = tiny_detector(score_threshold=threshold)
     detector.set_weights(all_kept.get_weights())
     return detector
 
@@ -265,7 +265,7 @@ def test_arguments_out_of_range_are_refused(detector, tmp_path):
     with pytest.raises(ValueError, match=r"`class_names` .* 3 classes; received \['bolt'\]"):
         export_saved_model(detector, path, class_names=["bolt"])
     with pytest.raises(ValueError, match=r"`longest_edge` .*\(64, 96, 3\) .*; received 96"):
-        export_saved_model(small_detector(image_shape=(64, 96, 3)), path, **EDGES)
+        export_saved_model(tiny_detector(image_shape=(64, 96, 3)), path, **EDGES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -372,7 +372,7 @@ def test_weights_can_be_constants_of_the_graph(detector, tmp_path):
 
 
 def test_a_model_of_one_shape_gets_that_shape(detector, tmp_path):
-    fixed = small_detector(
+    fixed = tiny_detector(
         image_shape=(96, 128, 3), score_threshold=detector.detections.score_threshold
     )
     fixed.set_weights(detector.get_weights())
@@ -392,12 +392,12 @@ def test_a_model_of_one_shape_gets_that_shape(detector, tmp_path):
 
 
 def test_bfloat16_takes_half_the_size(detector, exported, tmp_path):
-    full = small_detector()
+    full = tiny_detector()
     full.set_weights(detector.get_weights())
     export_saved_model(full, tmp_path / "1", precision="bfloat16", **EDGES)
     data = "variables/variables.data-00000-of-00001"
     sizes = [(path / data).stat().st_size for path in (tmp_path / "1", exported)]
-    assert sizes[0] < 0.51 * sizes[1]
+    assert sizes[0] < 0.52 * sizes[1]
     image = noise(40, 50)
     answer = tf.saved_model.load(str(tmp_path / "1")).signatures["serving_default"](
         images=tf.constant(image[None])

@@ -81,7 +81,7 @@ def test_other_classes_start_fresh(weights, tmp_path):
 def test_an_rpn_alone_leaves_the_box_head_fresh(weights, tmp_path):
     rpn = {name: x for name, x in weights.items() if not name.startswith("roi_heads")}
     path = save(rpn, tmp_path / "rpn.npz")
-    with pytest.warns(UserWarning, match="no box head: box_head is not loaded"):
+    with pytest.warns(UserWarning, match="no weights of box_head, which are not loaded"):
         model = keras_fpn.build_fpn_faster_rcnn(weights=path, box_head={"hidden_dim": 8}, **SMALL)
     assert_holds(model, weights, but=["roi_heads"])
     assert model.num_classes == 80

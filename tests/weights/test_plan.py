@@ -1,7 +1,9 @@
+import keras
 import numpy as np
 import pytest
 
-from keras_fpn.weights.plan import channels_last_columns, read_arrays, resnet_name
+from keras_fpn.resnet import GroupedConv2D
+from keras_fpn.weights.plan import channels_last_columns, plan_of, read_arrays, resnet_name
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,21 @@ def test_the_name_of_a_resnet_by_its_architecture(blocks, bottleneck, kernel, na
 def test_a_resnet_of_no_known_architecture():
     with pytest.raises(ValueError, match=r"received .*\(2, 2, 2, 2\) blocks with 3 convolutions"):
         resnet_name((2, 2, 2, 2), True, (64, 64, 3, 3))
+
+
+def test_a_grouped_convolution_is_a_convolution():
+    layer = GroupedConv2D(4, 3, groups=2, use_bias=False, data_format="channels_last")
+    layer.build((None, None, None, 6))
+    (entry,) = plan_of({"backbone/conv": layer}, {r"(\w+)/conv": r"\1.conv1"})
+    assert entry.name == "backbone.conv1.weight"
+    # PyTorch's kernels are [out, in / groups, height, width].
+    assert entry.convert(np.zeros((4, 3, 3, 3))).shape == tuple(layer.kernel.shape) == (3, 3, 3, 4)
+
+
+def test_a_layer_that_the_format_does_not_know():
+    layer = keras.layers.Dense(1)
+    with pytest.raises(ValueError, match="no weights for the layer head/other; nothing was loaded"):
+        plan_of({"head/other": layer}, {"head/one": "one"})
 
 
 def test_columns_become_channels_last():

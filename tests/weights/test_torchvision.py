@@ -8,6 +8,8 @@ from small_detector import small_detector
 from torchvision_names import torchvision_array, torchvision_shapes, torchvision_variables
 
 import keras_fpn
+from keras_fpn.box_head import BoxHead
+from keras_fpn.conv5_head import Conv5Head
 from keras_fpn.resnet import ResNet
 from keras_fpn.weights.torchvision import load_backbone_weights, load_torchvision_weights
 
@@ -246,6 +248,46 @@ class TestBackboneWeights:
         del weights["conv1.weight"]
         with pytest.raises(ValueError, match=r"1 missing \(conv1.weight\), 0 unexpected"):
             load_backbone_weights(backbone, weights)
+
+    def test_the_last_stage_goes_to_the_head_of_a_network_that_ends_with_c4(self, weights):
+        cut, head = ResNet(18, last_stage=4), Conv5Head(3, 18)
+        head.build((None, 2, 14, 14, 256))
+        predictors = [layer.get_weights() for layer in head.class_layers()]
+        load_backbone_weights(cut, weights, head)
+        loaded = {layer.name: layer for layer in [*cut.layers, *head.conv5.layers]}
+        # torchvision's layer4 is stage 5.
+        for ours, theirs in [
+            ("stage4_block1_conv2", "layer3.1.conv2"),
+            ("stage5_block0_shortcut_conv", "layer4.0.downsample.0"),
+            ("stage5_block1_conv1", "layer4.1.conv1"),
+        ]:
+            np.testing.assert_array_equal(
+                torchvision_array("", loaded[ours].kernel), weights[f"{theirs}.weight"]
+            )
+        variance = convert_to_numpy(loaded["stage5_block1_norm2"].moving_variance)
+        np.testing.assert_array_equal(variance, weights["layer4.1.bn2.running_var"])
+        assert sum(len(layer.weights) for layer in loaded.values()) == len(weights)
+        for layer, (kernel, bias) in zip(head.class_layers(), predictors, strict=True):
+            np.testing.assert_array_equal(convert_to_numpy(layer.kernel), kernel)
+            np.testing.assert_array_equal(convert_to_numpy(layer.bias), bias)
+
+    def test_the_last_stage_is_left_out_where_nothing_takes_it(self, weights):
+        cut = ResNet(18, last_stage=4)
+        load_backbone_weights(cut, weights, BoxHead(3))
+        np.testing.assert_array_equal(
+            torchvision_array("", cut.get_layer("stem_conv").kernel), weights["conv1.weight"]
+        )
+
+    def test_network_and_head_are_loaded_together_or_not_at_all(self, weights):
+        cut, head = ResNet(18, last_stage=4), Conv5Head(3, 18)
+        head.build((None, 2, 14, 14, 256))
+        before = [*cut.get_weights(), *head.get_weights()]
+        for name in ("conv1.weight", "layer4.1.conv1.weight"):
+            misfit = weights | {name: np.zeros((1, 1, 1, 1), "float32")}
+            with pytest.raises(ValueError, match=f"do not fit: {name}.* nothing was loaded"):
+                load_backbone_weights(cut, misfit, head)
+        for array, kept in zip([*cut.get_weights(), *head.get_weights()], before, strict=True):
+            np.testing.assert_array_equal(array, kept)
 
     def test_the_builder_loads_them_and_freezes_what_the_papers_freeze(self, weights, tmp_path):
         path = tmp_path / "resnet18.npz"
