@@ -35,6 +35,37 @@ if keras.backend.backend() == "tensorflow":
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
+if keras.backend.backend() == "jax":
+    import jax
+
+    from keras_fpn.stage import Stage
+
+    call, compiled = Stage.__call__, {}
+
+    def call_compiled(stage, *args, **kwargs):
+        """Calls a stage as one computation; JAX would compile each of its operations."""
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        is_array = [isinstance(leaf, np.ndarray | jax.Array) for leaf in leaves]
+        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        is_built = stage.built or type(stage).build is keras.layers.Layer.build
+        if is_traced or not is_built or not any(is_array) or stage.non_trainable_variables:
+            return call(stage, *args, **kwargs)
+        fixed = [None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
+        key = (stage, structure, str(fixed))
+
+        def compute(arrays):
+            arrays = iter(arrays)
+            filled = [
+                next(arrays) if array else leaf for leaf, array in zip(fixed, is_array, strict=True)
+            ]
+            args, kwargs = jax.tree.unflatten(structure, filled)
+            return call(stage, *args, **kwargs)
+
+        function = compiled.setdefault(key, jax.jit(compute))
+        return function([x for x, array in zip(leaves, is_array, strict=True) if array])
+
+    Stage.__call__ = call_compiled
+
 # What the libraries hold stays: collections need not look at it, nor come as often.
 gc.freeze()
 gc.set_threshold(200_000, 20, 50)
