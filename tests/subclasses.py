@@ -18,6 +18,10 @@ class DoublesTheLoss(FasterRCNN):
         return 2 * super().compute_loss(*args, **kwargs)
 
 
+class DoublesBoth(DoublesTheBoxLoss, DoublesTheLoss):
+    pass
+
+
 class TakesNoStep(FasterRCNN):
     def train_step(self, data):
         return {"loss": keras.ops.cast(keras.ops.shape(data[0])[0], "float32")}

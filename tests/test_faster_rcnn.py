@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from small_detector import small_detector, tiny_detector
-from subclasses import DoublesTheBoxLoss, DoublesTheLoss, TakesKerasStep, TakesNoStep
+from subclasses import DoublesBoth, TakesKerasStep, TakesNoStep
 
 from keras_fpn.faster_rcnn import FasterRCNN
 
@@ -228,25 +228,25 @@ def assert_same_changes(changes, expected, scale=1.0):
 @tensorflow_only
 @pytest.mark.parametrize("devices", [1, 2])
 class TestSubclasses:
-    def test_compute_losses_and_loss_weights(self, images, targets, plain_step, devices):
-        changes, logs, last = steps(DoublesTheBoxLoss, images, targets, devices)
+    def test_compute_losses_compute_loss_and_loss_weights(
+        self, images, targets, plain_step, devices
+    ):
         weighted, weighted_logs, _ = steps(
             FasterRCNN, images, targets, devices, loss_weights={"box_loss": 2.0}
         )
-        assert_same_changes(weighted, changes)
-        assert max(np.abs(a - b).max() for a, b in zip(changes, plain_step[0], strict=True)) > 1e-4
-        box_loss = plain_step[1]["box_loss"]
+        doubled, logs, last = steps(DoublesBoth, images, targets, devices)
+        plain, plain_logs, _ = plain_step
+        assert max(np.abs(a - b).max() for a, b in zip(weighted, plain, strict=True)) > 1e-4
+        # The box loss doubled, and the sum of the losses doubled again.
+        assert_same_changes(doubled, weighted, scale=2.0)
+        box_loss = plain_logs["box_loss"]
         assert logs["box_loss"] == pytest.approx(2 * box_loss, rel=1e-4)
         # The logs show each loss as it is, and the weighted sum.
         assert weighted_logs["box_loss"] == pytest.approx(box_loss, rel=1e-4)
-        total = plain_step[1]["loss"] + box_loss
+        total = plain_logs["loss"] + box_loss
         assert weighted_logs["loss"] == pytest.approx(total, rel=1e-4)
+        assert logs["loss"] == pytest.approx(2 * total, rel=1e-4)
         assert "box_loss_before" in last
-
-    def test_compute_loss(self, images, targets, plain_step, devices):
-        changes, logs, _ = steps(DoublesTheLoss, images, targets, devices)
-        assert_same_changes(changes, plain_step[0], scale=2.0)
-        assert logs["loss"] == pytest.approx(2 * plain_step[1]["loss"], rel=1e-4)
 
     def test_train_step(self, images, targets, devices):
         changes, logs, last = steps(TakesNoStep, images, targets, devices)

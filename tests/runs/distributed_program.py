@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 from small_detector import tiny_detector
-from subclasses import DoublesTheBoxLoss, DoublesTheLoss, TakesKerasStep
+from subclasses import DoublesBoth, TakesKerasStep
 
 from keras_fpn.data.coco_metrics import COCO_METRICS
 from keras_fpn.data.datasets import load_dataset
@@ -74,10 +74,6 @@ def main() -> None:
             **{f"beforeweight{i}": weight for i, weight in enumerate(before)},
             **{f"change of {name}": change for name, change in changes.items()},
         )
-
-
-class DoublesBoth(DoublesTheBoxLoss, DoublesTheLoss):
-    pass
 
 
 # Name to a class and the loss weights it is compiled with.
