@@ -41,7 +41,8 @@ def write_report(
         history: losses and `"val_..."` metrics of each epoch, each with `"epoch"`.
         evaluation: metrics after the last epoch.
         ground_truth: ground truth in COCO's format.
-        results: detections of that evaluation, in COCO's results format; None to show no images.
+        results: detections of that evaluation, in COCO's results format; None for an RPN, of
+            which no classes and images are shown.
         metric_names: names of the metrics, without those of classes.
         read_images: image ids to RGB pixels, by image id; unreadable images are omitted.
 
@@ -50,6 +51,13 @@ def write_report(
     """
     recipe = {**configuration["recipe"]}
     recipe |= {f"model.{name}": value for name, value in recipe.pop("model", {}).items()}
+    of_detections = []
+    if results is not None:
+        of_detections = [
+            _section("Precision and recall", _precision_figure(evaluation.precision)),
+            _section("Classes", _classes_table(evaluation.metrics)),
+            *_image_sections(configuration, ground_truth, results, read_images),
+        ]
     sections = [
         _section("Losses", _figure(lambda axes: _draw_losses(axes, steps)) if steps else ""),
         _section(
@@ -57,13 +65,7 @@ def write_report(
             _metrics_table(evaluation.metrics, metric_names)
             + _epochs_figure(history, metric_names),
         ),
-        _section("Precision and recall", _precision_figure(evaluation.precision)),
-        _section("Classes", _classes_table(evaluation.metrics)),
-        *(
-            []
-            if results is None
-            else _image_sections(configuration, ground_truth, results, read_images)
-        ),
+        *of_detections,
         _section("Recipe", _table(("", ""), sorted((k, str(v)) for k, v in recipe.items()))),
     ]
     data = f"{configuration['dataset']}: {configuration['train_split']}, evaluated on "
