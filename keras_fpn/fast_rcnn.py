@@ -6,6 +6,9 @@ from keras import ops
 from keras_fpn.boxes import clip_boxes
 from keras_fpn.detector import Detector
 
+# Proposals of an image in a graph that leaves their number undefined.
+MAX_PROPOSALS = 2000
+
 
 @keras.saving.register_keras_serializable("keras_fpn")
 class FastRCNN(Detector):
@@ -13,7 +16,8 @@ class FastRCNN(Detector):
 
     `keras_fpn.build_fpn_fast_rcnn` builds one from numbers; this constructor takes the stages.
     Inputs are `{"images", "image_sizes", "proposals"}`: `proposals`, `[B, P, 4]`, are xyxy pixels
-    of the batch, padded with boxes without area. Ground truth and outputs are those of
+    of the batch, padded with boxes without area. In a graph that leaves their number undefined,
+    such as an exported one, the first 2000 of an image count. Ground truth and outputs are those of
     `FasterRCNN`.
 
     Args:
@@ -66,7 +70,17 @@ class FastRCNN(Detector):
         return self.compute_roi_losses(features, boxes, scores, truth, training)
 
     def prepare_proposals(self, proposals, image_sizes) -> tuple:
-        """Returns the proposals clipped to their images, and 1 for each with an area, else -1."""
-        boxes = clip_boxes(ops.cast(proposals, "float32"), image_sizes)
+        """Returns the proposals clipped to their images, and 1 for each with an area, else -1.
+
+        Those without an area, or with an edge that is not a number, become zeros.
+        """
+        boxes = ops.cast(proposals, "float32")
+        count = boxes.shape[1]
+        if not count:
+            # All that follows has a static shape, of at least one row.
+            rows = MAX_PROPOSALS if count is None else 1
+            boxes = ops.pad(boxes, [[0, 0], [0, rows], [0, 0]])
+            boxes = ops.take(boxes, ops.arange(rows), axis=1)
+        boxes = clip_boxes(boxes, image_sizes)
         has_area = ops.all(boxes[..., 2:] > boxes[..., :2], axis=-1)
-        return boxes, ops.where(has_area, 1.0, -1.0)
+        return ops.where(has_area[..., None], boxes, 0.0), ops.where(has_area, 1.0, -1.0)

@@ -160,6 +160,11 @@ def check_inputs(inputs, image_shape=(None, None, 3), takes_proposals: bool = Fa
                 "'proposals' must be boxes [batch, proposals, 4]; received shape "
                 f"{proposals_shape}."
             )
+        if None not in (shape[0], proposals_shape[0]) and shape[0] != proposals_shape[0]:
+            raise ValueError(
+                f"'proposals' must have boxes for each of the {shape[0]} images; received those of "
+                f"{proposals_shape[0]}."
+            )
     return checked
 
 

@@ -1,4 +1,7 @@
-"""A detector for tests."""
+"""Models for tests."""
+
+import inspect
+from collections.abc import Callable
 
 import keras
 
@@ -30,11 +33,7 @@ def small_detector(**arguments) -> keras_fpn.FasterRCNN:
         **arguments: of `build_fpn_faster_rcnn`; dicts of a stage's arguments are merged with those
             of `SMALL`.
     """
-    merged = SMALL | arguments
-    for name, value in SMALL.items():
-        if isinstance(value, dict) and isinstance(merged[name], dict):
-            merged[name] = value | merged[name]
-    return keras_fpn.build_fpn_faster_rcnn(**merged)
+    return _small(keras_fpn.build_fpn_faster_rcnn, **arguments)
 
 
 def tiny_detector(**arguments) -> keras_fpn.FasterRCNN:
@@ -42,7 +41,44 @@ def tiny_detector(**arguments) -> keras_fpn.FasterRCNN:
 
     Tracing is what takes the time of a test, and a ResNet is most of a trace.
     """
-    return small_detector(**{"backbone": tiny_backbone(), "normalization": None} | arguments)
+    return _small(keras_fpn.build_fpn_faster_rcnn, **_tiny() | arguments)
+
+
+def tiny_rpn(**arguments) -> keras_fpn.RegionProposalNetwork:
+    """The first stage of `tiny_detector`, with weights of its own."""
+    return _small(keras_fpn.build_fpn_rpn, **_tiny() | arguments)
+
+
+def tiny_fast_rcnn(**arguments) -> keras_fpn.FastRCNN:
+    """The second stage of `tiny_detector`, with weights of its own."""
+    return _small(keras_fpn.build_fpn_fast_rcnn, **_tiny() | arguments)
+
+
+def copy_stages(source: keras.Model, target: keras.Model) -> None:
+    """Gives a model the weights of the stages that another one has too, seeds of samplers among
+    them.
+    """
+    for stage in {*source.stage_names} & {*target.stage_names}:
+        getattr(target, stage).set_weights(getattr(source, stage).get_weights())
+
+
+def _tiny() -> dict:
+    return {"backbone": tiny_backbone(), "normalization": None}
+
+
+def _small(build: Callable, **arguments):
+    """Calls a builder; of `SMALL` it gets what it has an argument for."""
+    known = inspect.signature(build).parameters
+    small = {name: value for name, value in SMALL.items() if name in known}
+    if "single_scale" in arguments:
+        del small["pyramid"]  # There are no channels to choose.
+    if arguments.get("single_scale") == "C4":
+        small.pop("box_head", None)
+    merged = small | arguments
+    for name, value in small.items():
+        if isinstance(value, dict) and isinstance(merged[name], dict):
+            merged[name] = value | merged[name]
+    return build(**merged)
 
 
 def tiny_backbone() -> keras.Model:

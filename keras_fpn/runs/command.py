@@ -20,6 +20,14 @@ PROGRAMS = {
         "evaluate a detector with COCO's metrics",
         _DATA,
     ),
+    "alternating": (
+        "train Faster R-CNN in four steps",
+        (*_DATA, "PIL", "matplotlib", "tensorboard"),
+    ),
+    "paper": (
+        "run the experiments of the paper's tables",
+        (*_DATA, "PIL", "matplotlib", "tensorboard"),
+    ),
     "predict": ("detect objects in image files", ("PIL",)),
     "export": ("export a detector for TensorFlow Serving", ()),
 }

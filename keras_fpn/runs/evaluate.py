@@ -70,12 +70,14 @@ def main(arguments: list[str] | None = None) -> None:
             options.split or configuration.get("validation_split", "validation"),
             options.data_dir or own_data_dir,
         )
-        check_same_classes(
-            data,
-            configuration.get("class_names", data.class_names),
-            configuration.get("category_ids", data.category_ids),
-            "the model",
-        )
+        # An RPN has no classes; those of its run do not matter.
+        if model.num_classes is not None:
+            check_same_classes(
+                data,
+                configuration.get("class_names", data.class_names),
+                configuration.get("category_ids", data.category_ids),
+                "the model",
+            )
         if model.num_classes not in (None, len(data.class_names)):
             raise ValueError(
                 f"The model has num_classes={model.num_classes}; the data set {data.name!r} has "

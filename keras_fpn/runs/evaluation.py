@@ -68,6 +68,9 @@ class Evaluation:
             )
         self.strategy = model.distribute_strategy
         self.images_per_replica = max(1, batch_size // self.strategy.num_replicas_in_sync)
+        # No more rows than needed: they take time, and their number decides how products of
+        # matrices are rounded.
+        most = self._most_proposals(dataset)
         self.report = SkipReport()
         self.batches = [
             evaluation_batches(
@@ -77,6 +80,7 @@ class Evaluation:
                 longest_edge=longest_edge,
                 shard=worker_index(self.strategy),
                 num_shards=num_workers(self.strategy),
+                max_proposals=most,
                 report=self.report,
             )
             for edge in edges
@@ -151,17 +155,19 @@ class Evaluation:
 
     def _proposals(self):
         # Of each image, its id and size; of each proposal, the id of its image, box and score.
-        images, ids, numbers = [], [], []
+        parts = [(np.zeros((0, 3), int), np.zeros((0, 1), int), np.zeros((0, 5), np.float32))]
         for outputs, image_sizes, info in self._outputs(self.batches[0]):
             of_batch = info["image_ids"].numpy()
-            images.append(np.column_stack([of_batch, image_sizes]))
             real = outputs["scores"][: len(of_batch)] >= 0
-            ids.append(np.repeat(of_batch, real.sum(axis=1))[:, None])
             of_images = np.dstack([outputs["boxes"], outputs["scores"]])[: len(of_batch)]
-            numbers.append(of_images[real])
-        images = np.concatenate([np.zeros((0, 3), np.int64), *images])
-        ids = np.concatenate([np.zeros((0, 1), np.int64), *ids])
-        numbers = np.concatenate([np.zeros((0, 5), np.float32), *numbers])
+            parts.append(
+                (
+                    np.column_stack([of_batch, image_sizes]),
+                    np.repeat(of_batch, real.sum(axis=1))[:, None],
+                    of_images[real],
+                )
+            )
+        images, ids, numbers = (np.concatenate(of_all) for of_all in zip(*parts, strict=True))
         (images,) = self._of_all_workers(images)
         ids, numbers = self._of_all_workers(ids, numbers)
         frames = {image_id: frame for image_id, *frame in images.tolist()}
@@ -170,7 +176,7 @@ class Evaluation:
         ends = np.searchsorted(ids[:, 0], of_split, side="right")
         found = [numbers[start:end] for start, end in zip(starts, ends, strict=True)]
         return Proposals.from_images(
-            of_split,
+            of_split.tolist(),
             [rows[:, :4] for rows in found],
             [rows[:, 4] for rows in found],
             [frames.get(image_id, [0, 0]) for image_id in of_split.tolist()],
@@ -206,6 +212,13 @@ class Evaluation:
             merged += coco_results(kept, [image_id], size, size, self.dataset.category_ids)
         return merged
 
+    def _most_proposals(self, dataset):
+        """Returns the largest number of proposals of an image, within the pipeline's default."""
+        stored = getattr(dataset, "proposals", None)
+        if stored is None:
+            return 1
+        return int(np.clip(np.diff(stored.row_splits).max(initial=1), 1, 2000))
+
     def _share(self, context, inputs, rows):
         """Returns the images of one replica."""
         replica = context.replica_id_in_sync_group % replicas_of_worker(self.strategy)
@@ -220,9 +233,9 @@ class Evaluation:
 
     def _of_all_workers(self, *arrays):
         """Returns the rows of all workers, in the order of the ids that begin the first array."""
-        arrays = [gather_from_workers(self.strategy, array) for array in arrays]
-        order = np.argsort(arrays[0][:, 0], kind="stable")
-        return [array[order] for array in arrays]
+        gathered = [gather_from_workers(self.strategy, array) for array in arrays]
+        order = np.argsort(gathered[0][:, 0], kind="stable")
+        return [array[order] for array in gathered]
 
 
 def format_metrics(metrics: dict[str, float], names: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ class Recipe:
         model: arguments of the model's builder, those of stages in dicts. Only what is in here is
             passed; everything else follows its `"weights"`, or is the builder's default.
         detector: Faster R-CNN, the RPN alone, or Fast R-CNN on stored proposals.
+        frozen: stages whose weights stay as they are, such as backbone pyramid.
         shorter_edges: training images are resized so that the shorter edge is one of these, chosen
             at random.
         evaluation_shorter_edge: the same for evaluation.
@@ -51,6 +52,7 @@ class Recipe:
         default_factory=dict
     )
     detector: Annotated[Literal[tuple(BUILDERS)], tyro.conf.arg(name="model")] = "faster_rcnn"
+    frozen: tuple[str, ...] = ()
     shorter_edges: tuple[int, ...] = (800,)
     evaluation_shorter_edge: int = 800
     longest_edge: int = 1333
@@ -77,8 +79,13 @@ class Recipe:
 RECIPES = {
     # FPN, sections 5.1 and 5.2: 60k steps of 16 images at 0.02, then 20k at 0.002, one scale, no
     # warm-up, from ImageNet weights; 8 GPUs x 2 images. An epoch stands for 10k of these steps.
+    # Regions are pooled and their box loss is smooth L1 as in Fast R-CNN; docs/paper.md has all.
     "paper": Recipe(
-        model={"backbone_weights": "imagenet"},
+        model={
+            "backbone_weights": "imagenet",
+            "pooling": "max",
+            "roi_loss": {"smooth_l1_beta": 1.0},
+        },
         batch_size=16,
         images_per_epoch=160_000,
         epochs=8,

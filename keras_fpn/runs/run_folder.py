@@ -68,7 +68,9 @@ def claim_run(path: str | os.PathLike, configuration: dict) -> Path | None:
 
 def _compared(configuration: dict) -> dict:
     """Returns what two runs must have in common to be the same run."""
-    recipe = configuration["recipe"]
+    # What an earlier version did not have is now at its default.
+    defaults = json.loads(json.dumps(dataclasses.asdict(Recipe())))
+    recipe = {**defaults, **configuration["recipe"]}
     entries = {name: x for name, x in configuration.items() if name not in _NOT_COMPARED}
     return {**recipe, **dict(flatten(recipe.get("model", {}))), **entries, "model": None}
 

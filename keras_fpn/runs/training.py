@@ -48,9 +48,6 @@ def train(options: Run, recipe: Recipe) -> None:
         recipe = checked_recipe(recipe, strategy.num_replicas_in_sync, options.jit_compile)
         train_data, validation_data = open_splits(options, recipe.detector)
         steps = steps_per_epoch(recipe, train_data)
-        keras.utils.set_random_seed(recipe.seed)
-        if recipe.precision != "float32":
-            keras.config.set_dtype_policy(f"mixed_{recipe.precision}")
         with strategy.scope():
             model = build_model(recipe, train_data.class_names)
     # An error in here is a bug, not bad input.
@@ -111,6 +108,9 @@ def train(options: Run, recipe: Recipe) -> None:
             f"Trained {state.steps - steps_before} steps in {time.time() - started:.0f} s, "
             f"including evaluation; see {page}."
         )
+    if run.stop.received:
+        # After the last step: the run is complete, but the next step of 4-step training must wait.
+        sys.exit(128 + run.stop.received)
 
 
 def checked_recipe(recipe: Recipe, replicas: int, jit_compile: bool | str) -> Recipe:
@@ -183,11 +183,14 @@ def steps_per_epoch(recipe: Recipe, data: DetectionDataset) -> int:
 
 
 def build_model(recipe: Recipe, class_names: list[str]) -> Detector:
-    """Builds the model of a recipe.
+    """Builds the model of a recipe, from its seed, in its precision, with its stages frozen.
 
     Raises:
-        ValueError: if it has no such argument; further as in the builder.
+        ValueError: if it has no such argument or stage; further as in the builder.
     """
+    keras.utils.set_random_seed(recipe.seed)
+    if recipe.precision != "float32":
+        keras.config.set_dtype_policy(f"mixed_{recipe.precision}")
     build = getattr(keras_fpn, BUILDERS[recipe.detector])
     arguments = {"class_names": class_names, "seed": recipe.seed, **recipe.model}
     known = read_arguments("builder", BUILDERS[recipe.detector])
@@ -196,7 +199,18 @@ def build_model(recipe: Recipe, class_names: list[str]) -> Detector:
     for name in arguments:
         if name not in known:
             raise ValueError(f"--model {recipe.detector} has no {name}; received it.")
-    return build(**arguments)
+    model = build(**arguments)
+    for name in recipe.frozen:
+        if name not in model.stage_names:
+            raise ValueError(
+                f"--frozen must name stages among {', '.join(model.stage_names)}; received {name}."
+            )
+        getattr(model, name).trainable = False
+    if recipe.frozen and not model.trainable_variables:
+        raise ValueError(
+            f"--frozen must leave a stage to train; received {', '.join(recipe.frozen)}."
+        )
+    return model
 
 
 def build_optimizer(recipe: Recipe, steps_per_epoch: int) -> SGDWithL2:

@@ -1,4 +1,4 @@
-"""Weights of Detectron2's Faster R-CNN and RPN on ResNet-FPN, and its conventions."""
+"""Weights of Detectron2's Faster R-CNN, RPN and Fast R-CNN on ResNet-FPN, and its conventions."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -46,7 +46,10 @@ BUFFERS = r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\.cell_anch
 
 def is_detectron2(arrays: Mapping[str, np.ndarray]) -> bool:
     """Returns whether arrays have the names of Detectron2."""
-    return f"{RPN_HEAD}.objectness_logits.weight" in arrays
+    return f"{RPN_HEAD}.objectness_logits.weight" in arrays or (
+        # Fast R-CNN, which has no RPN.
+        f"{BOTTOM_UP}stem.conv1.weight" in arrays
+    )
 
 
 def detectron2_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int | None, dict]:
@@ -129,10 +132,12 @@ def detectron2_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int 
 def load_detectron2_arrays(
     model: keras.Model, arrays: Mapping[str, np.ndarray], *, with_classes: bool
 ) -> None:
-    """Loads a state dict of Detectron2; that of an RPN leaves the box head as it is.
+    """Loads a state dict of Detectron2.
+
+    That of an RPN alone leaves the box head as it is, that of Fast R-CNN the RPN.
 
     Args:
-        model: from `build_fpn_faster_rcnn`, with the arguments of `detectron2_architecture`.
+        model: from one of the builders, with the arguments of `detectron2_architecture`.
         arrays: name to array.
         with_classes: whether to load the layers that depend on the classes.
 
@@ -152,6 +157,9 @@ def load_detectron2_arrays(
     layouts = {}
     if "rpn_head" not in model.stage_names:
         arrays = {k: v for k, v in arrays.items() if not k.startswith("proposal_generator.")}
+    elif not any(name.startswith("proposal_generator.") for name in arrays):
+        # Weights of Fast R-CNN.
+        layers = {key: layer for key, layer in layers.items() if not key.startswith("rpn_head/")}
     if "box_head" not in model.stage_names:
         arrays = {k: v for k, v in arrays.items() if not k.startswith("roi_heads.")}
     elif not any(name.startswith("roi_heads.") for name in arrays):

@@ -123,6 +123,7 @@ def _open_torchvision(arrays: Mapping[str, np.ndarray], url: str | None) -> Pret
 def _open_detectron2(contents: Mapping, arrays: Mapping[str, np.ndarray]) -> Pretrained:
     backbone, num_classes, stages = detectron2_architecture(arrays)
     stages["resnet"].setdefault("frozen_stages", 2)
+    has_rpn = any(name.startswith("proposal_generator.rpn_head.") for name in arrays)
     class_names = {}
     if "__author__" in contents and num_classes == len(COCO_CLASS_NAMES):
         # Files of its model zoo name their author; 80 classes are COCO's there.
@@ -138,7 +139,10 @@ def _open_detectron2(contents: Mapping, arrays: Mapping[str, np.ndarray]) -> Pre
         num_classes,
         class_names,
         load,
-        missing_stages=("box_head",) if num_classes is None else (),
+        missing_stages=(
+            *(() if has_rpn else ("rpn_head",)),
+            *(() if num_classes is not None else ("box_head",)),
+        ),
     )
 
 

@@ -87,6 +87,60 @@ def test_an_rpn_alone_leaves_the_box_head_fresh(weights, tmp_path):
     assert model.num_classes == 80
 
 
+def built(build, weights, path):
+    """A model of a file, and what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = build(weights=save(weights, path))
+    return model, [str(w.message) for w in caught if w.category is UserWarning]
+
+
+def assert_same_stages(model, source):
+    for stage in {*model.stage_names} & {*source.stage_names}:
+        theirs = getattr(source, stage).get_weights()
+        for a, b in zip(getattr(model, stage).get_weights(), theirs, strict=True):
+            if a.dtype.kind == "f":  # Not the seeds of samplers.
+                np.testing.assert_array_equal(a, b, err_msg=stage)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["of its own file", "of the whole detector's"])
+@pytest.mark.parametrize(
+    ("build", "other_half"),
+    [
+        (keras_fpn.build_fpn_rpn, "roi_heads"),
+        (keras_fpn.build_fpn_fast_rcnn, "proposal_generator"),
+    ],
+)
+def test_half_a_detector(model, weights, tmp_path, build, other_half, own):
+    if own:
+        weights = {name: x for name, x in weights.items() if not name.startswith(other_half)}
+    half, warned = built(build, weights, tmp_path / "weights.npz")
+    assert not warned
+    assert_same_stages(half, model)
+    # Conventions come with the weights.
+    assert half.preprocessing.std == (1.0, 1.0, 1.0)
+    assert half.num_classes == (None if build is keras_fpn.build_fpn_rpn else 80)
+
+
+@pytest.mark.parametrize(
+    ("build", "own_half", "lacks"),
+    [
+        (keras_fpn.build_fpn_rpn, "proposal_generator", "rpn_head"),
+        (keras_fpn.build_fpn_fast_rcnn, "roi_heads", "box_head"),
+        (keras_fpn.build_fpn_faster_rcnn, "proposal_generator", "rpn_head"),
+    ],
+)
+def test_the_half_that_a_file_lacks_is_named(model, weights, tmp_path, build, own_half, lacks):
+    other = {name: x for name, x in weights.items() if not name.startswith(own_half)}
+    built_model, (warning,) = built(build, other, tmp_path / "weights.npz")
+    assert warning.endswith(f"weights.npz' has no weights of {lacks}, which are not loaded.")
+    assert built_model.backbone.stride_in_1x1
+    for stage in ("backbone", "pyramid"):
+        theirs = getattr(model, stage).get_weights()
+        for a, b in zip(getattr(built_model, stage).get_weights(), theirs, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("author", [True, False])
 def test_the_classes_of_the_model_zoo_are_cocos(weights, tmp_path, monkeypatch, author):
     contents = {"model": weights} | ({"__author__": "Detectron2 Model Zoo"} if author else {})

@@ -1,5 +1,7 @@
 """Weights from torchvision, loaded whole or not at all."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -109,6 +111,28 @@ def test_tensors_are_accepted(model):
     weights = random_weights(model, 5)
     load_torchvision_weights(model, {name: Tensor(array) for name, array in weights.items()})
     assert_holds(model, weights)
+
+
+@pytest.mark.parametrize("build", [keras_fpn.build_fpn_rpn, keras_fpn.build_fpn_fast_rcnn])
+def test_half_a_detector_of_the_file_of_a_whole_one(model, tmp_path, build):
+    weights = random_weights(model, 9)
+    np.savez(tmp_path / "detector.npz", **weights)
+    load_torchvision_weights(model, weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        half = build(weights=tmp_path / "detector.npz")
+    assert half.num_classes == (None if build is keras_fpn.build_fpn_rpn else 3)
+    for stage in {*half.stage_names} & {*model.stage_names}:
+        theirs = getattr(model, stage).get_weights()
+        for a, b in zip(getattr(half, stage).get_weights(), theirs, strict=True):
+            if a.dtype.kind == "f":  # Not the seeds of samplers.
+                np.testing.assert_array_equal(a, b, err_msg=stage)
+    # The same by the function for a model that is there already.
+    for variable in half.weights:
+        if "seed" not in variable.path:
+            variable.assign(np.zeros(variable.shape))
+    load_torchvision_weights(half, weights)
+    np.testing.assert_array_equal(half.pyramid.get_weights()[0], model.pyramid.get_weights()[0])
 
 
 class TestWhatDoesNotFit:
