@@ -20,7 +20,7 @@ _MODULES = {
     "DetectionDataset": "datasets",
     "GeometricTransform": "transforms",
     "PROPOSAL_METRICS": "proposal_metrics",
-    "Proposals": "proposals",
+    "Proposals": "stored_proposals",
     "SkipReport": "skip_report",
     "coco_evaluation": "coco_metrics",
     "coco_results": "coco_metrics",
@@ -29,11 +29,11 @@ _MODULES = {
     "load_dataset": "datasets",
     "proposal_evaluation": "proposal_metrics",
     "read_image": "image_files",
-    "read_proposals": "proposals",
+    "read_proposals": "stored_proposals",
     "steps_per_epoch": "pipeline",
     "training_batches": "pipeline",
-    "with_proposals": "proposals",
-    "write_proposals": "proposals",
+    "with_proposals": "stored_proposals",
+    "write_proposals": "stored_proposals",
 }
 __all__ = sorted(_MODULES)
 

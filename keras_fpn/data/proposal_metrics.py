@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from keras_fpn.data.coco_metrics import check_known_images, prepare_evaluation
-from keras_fpn.data.proposals import Proposals
+from keras_fpn.data.stored_proposals import Proposals
 
 PROPOSAL_METRICS = ("AR100", "AR1k", "AR100s", "AR100m", "AR100l", "AR1ks", "AR1km", "AR1kl")
 _MAX_PROPOSALS = [100, 1000]

@@ -156,7 +156,7 @@ def stored_proposals(
             `training_post_nms` and `post_nms` of the RPN: 2000 and 1000 in the paper.
     """
     from keras_fpn.data.datasets import load_dataset
-    from keras_fpn.data.proposals import write_proposals
+    from keras_fpn.data.stored_proposals import write_proposals
     from keras_fpn.runs.evaluation import Evaluation
     from keras_fpn.runs.run_folder import load_detector
     from keras_fpn.runs.strategies import choose_strategy

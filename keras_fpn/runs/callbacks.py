@@ -19,8 +19,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_fpn.data.coco_metrics import CocoEvaluation
-from keras_fpn.data.proposals import Proposals
 from keras_fpn.data.skip_report import SkipReport
+from keras_fpn.data.stored_proposals import Proposals
 from keras_fpn.runs.evaluation import Evaluation, format_metrics, report_skipped
 from keras_fpn.runs.pictures import detections_beside_truth
 from keras_fpn.runs.recipes import Recipe

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the program."""
     options = parse(Options, arguments, "evaluate", __doc__)
     from keras_fpn.data.datasets import load_dataset
-    from keras_fpn.data.proposals import read_proposals, with_proposals, write_proposals
+    from keras_fpn.data.stored_proposals import read_proposals, with_proposals, write_proposals
     from keras_fpn.runs.evaluation import Evaluation, check_same_classes
     from keras_fpn.runs.run_folder import evaluation_edges, load_detector
     from keras_fpn.runs.strategies import choose_strategy, worker_index

@@ -10,8 +10,8 @@ from keras_fpn.data.coco_metrics import COCO_METRICS, CocoEvaluation, coco_evalu
 from keras_fpn.data.datasets import DetectionDataset
 from keras_fpn.data.pipeline import evaluation_batches
 from keras_fpn.data.proposal_metrics import PROPOSAL_METRICS, proposal_evaluation
-from keras_fpn.data.proposals import Proposals
 from keras_fpn.data.skip_report import SkipReport
+from keras_fpn.data.stored_proposals import Proposals
 from keras_fpn.detector import Detector
 from keras_fpn.faster_rcnn import FasterRCNN
 from keras_fpn.image_pyramid import MERGE_METHODS, merge_scales

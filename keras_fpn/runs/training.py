@@ -18,8 +18,8 @@ import tensorflow as tf
 import keras_fpn
 from keras_fpn.data.datasets import DetectionDataset, load_dataset
 from keras_fpn.data.pipeline import training_batches
-from keras_fpn.data.proposals import read_proposals, with_proposals
 from keras_fpn.data.skip_report import SkipReport
+from keras_fpn.data.stored_proposals import read_proposals, with_proposals
 from keras_fpn.detector import Detector
 from keras_fpn.optimization import SGDWithL2, WarmupCosineDecay, WarmupStepDecay
 from keras_fpn.runs.callbacks import RunContext, averaged_weights, run_callbacks

@@ -9,7 +9,7 @@ import pytest
 
 from keras_fpn.data import proposal_metrics
 from keras_fpn.data.proposal_metrics import PROPOSAL_METRICS, proposal_evaluation
-from keras_fpn.data.proposals import Proposals
+from keras_fpn.data.stored_proposals import Proposals
 
 IMAGES = [{"id": 7 * i + 1, "width": 400, "height": 300} for i in range(7)]
 CATEGORIES = [{"id": 2, "name": "cat"}, {"id": 5, "name": "dog"}]

@@ -10,7 +10,7 @@ import tensorflow as tf
 from data_sets import encode, write_coco_folder
 
 import keras_fpn
-from keras_fpn.data.proposals import read_proposals
+from keras_fpn.data.stored_proposals import read_proposals
 from keras_fpn.runs import alternating, evaluation, training
 from keras_fpn.runs.recipes import BUILDERS, RECIPES, Recipe
 from keras_fpn.runs.run_folder import claim_run, load_detector, recipe_in

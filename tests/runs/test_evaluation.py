@@ -9,7 +9,7 @@ from small_detector import copy_stages, tiny_detector, tiny_fast_rcnn, tiny_rpn
 
 from keras_fpn.data.datasets import load_dataset
 from keras_fpn.data.proposal_metrics import PROPOSAL_METRICS
-from keras_fpn.data.proposals import read_proposals, with_proposals, write_proposals
+from keras_fpn.data.stored_proposals import read_proposals, with_proposals, write_proposals
 from keras_fpn.image_pyramid import merge_scales
 from keras_fpn.runs.evaluation import Evaluation
 

@@ -12,7 +12,7 @@ from data_sets import encode, write_coco_folder
 
 import keras_fpn
 from keras_fpn.data.proposal_metrics import PROPOSAL_METRICS
-from keras_fpn.data.proposals import read_proposals
+from keras_fpn.data.stored_proposals import read_proposals
 from keras_fpn.runs import evaluate, predict, train
 
 BROKEN = 50

@@ -10,7 +10,7 @@ import pytest
 
 from keras_fpn.data.datasets import load_dataset
 from keras_fpn.data.pipeline import evaluation_batches, training_batches
-from keras_fpn.data.proposals import (
+from keras_fpn.data.stored_proposals import (
     Proposals,
     read_proposals,
     with_proposals,
