@@ -463,16 +463,16 @@ def results_markdown(lines: Sequence[Mapping[str, str]]) -> str:
 
 def results_page(lines: Sequence[Mapping[str, str]]) -> str:
     """Returns index.html, with its plots embedded."""
-    from keras_fpn.runs.report import _PAGE, _image, _section, _table
+    from keras_fpn.runs.report import PAGE, embedded_image, html_table, section
 
     sections = []
     for data, table, group in _tables(lines):
         header, rows = _cells(table, group)
-        plot = _image("png", table_plot(table, group), f"Table {table}")
+        plot = embedded_image("png", table_plot(table, group), f"Table {table}")
         heading = f"Table {table}: {TABLES[table]}"
-        content = f"<p>{html.escape(data)}</p>\n{plot}\n{_table(header, rows)}"
-        sections.append(_section(html.escape(heading), content))
-    return _PAGE.format(
+        content = f"<p>{html.escape(data)}</p>\n{plot}\n{html_table(header, rows)}"
+        sections.append(section(html.escape(heading), content))
+    return PAGE.format(
         title="The paper's experiments",
         summary=html.escape(_SUMMARY),
         sections="\n".join(sections),

@@ -54,22 +54,22 @@ def write_report(
     of_detections = []
     if results is not None:
         of_detections = [
-            _section("Precision and recall", _precision_figure(evaluation.precision)),
-            _section("Classes", _classes_table(evaluation.metrics)),
+            section("Precision and recall", _precision_figure(evaluation.precision)),
+            section("Classes", _classes_table(evaluation.metrics)),
             *_image_sections(configuration, ground_truth, results, read_images),
         ]
     sections = [
-        _section("Losses", _figure(lambda axes: _draw_losses(axes, steps)) if steps else ""),
-        _section(
+        section("Losses", _figure(lambda axes: _draw_losses(axes, steps)) if steps else ""),
+        section(
             "COCO metrics",
             _metrics_table(evaluation.metrics, metric_names)
             + _epochs_figure(history, metric_names),
         ),
         *of_detections,
-        _section("Recipe", _table(("", ""), sorted((k, str(v)) for k, v in recipe.items()))),
+        section("Recipe", html_table(("", ""), sorted((k, str(v)) for k, v in recipe.items()))),
     ]
     data = f"{configuration['dataset']}: {configuration['train_split']}, evaluated on "
-    page = _PAGE.format(
+    page = PAGE.format(
         title=html.escape(title),
         summary=html.escape(
             f"{data}{configuration['validation_split']}; {recipe['epochs']} epochs, batches of "
@@ -147,10 +147,10 @@ def _image_sections(configuration, ground_truth, results, read_images) -> list[s
                 )
                 stream = io.BytesIO()
                 picture.save(stream, "JPEG", quality=90)
-                parts.append(_image("jpeg", stream.getvalue(), caption))
+                parts.append(embedded_image("jpeg", stream.getvalue(), caption))
             else:
                 parts.append(f"<p>{caption}: the image can no longer be read.</p>")
-        sections.append(_section(heading, "\n".join(parts) if ids else ""))
+        sections.append(section(heading, "\n".join(parts) if ids else ""))
     return sections
 
 
@@ -211,7 +211,7 @@ def _precision_figure(precision: np.ndarray) -> str:
 
 
 def _metrics_table(metrics, names) -> str:
-    return _table(names, [[_number(metrics[name]) for name in names]])
+    return html_table(names, [[_number(metrics[name]) for name in names]])
 
 
 def _classes_table(metrics) -> str:
@@ -225,7 +225,7 @@ def _classes_table(metrics) -> str:
         [cell for name in ranked[i::length] for cell in (name, _number(classes[name]))]
         for i in range(length)
     ]
-    return _table(("class", "AP") * columns, rows) if ranked else ""
+    return html_table(("class", "AP") * columns, rows) if ranked else ""
 
 
 def _number(value: float) -> str:
@@ -239,16 +239,18 @@ def _figure(draw: Callable) -> str:
     draw(axes)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
-    return _image("png", stream.getvalue(), "")
+    return embedded_image("png", stream.getvalue(), "")
 
 
-def _image(kind: str, content: bytes, caption: str) -> str:
+def embedded_image(kind: str, content: bytes, caption: str) -> str:
+    """Returns a figure with a picture inside the page; `kind` is "png" or "jpeg"."""
     encoded = base64.b64encode(content).decode()
     label = f"<figcaption>{caption}</figcaption>" if caption else ""
     return f'<figure><img alt="{caption}" src="data:image/{kind};base64,{encoded}">{label}</figure>'
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table; without its first row if all of `header` is empty."""
     lines = ["<table>"]
     if any(header):
         lines.append("<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>")
@@ -257,11 +259,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, "</table>"])
 
 
-def _section(heading: str, content: str) -> str:
+def section(heading: str, content: str) -> str:
+    """Returns a heading and what follows it, "No data." if that is empty."""
     return f"<h2>{heading}</h2>\n{content or '<p>No data.</p>'}"
 
 
-_PAGE = """<!DOCTYPE html>
+PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
