@@ -261,13 +261,6 @@ def build_fpn_fast_rcnn(
     return _build_model(FastRCNN, locals())
 
 
-BUILDERS = {
-    FasterRCNN: build_fpn_faster_rcnn,
-    RegionProposalNetwork: build_fpn_rpn,
-    FastRCNN: build_fpn_fast_rcnn,
-}
-
-
 def _build_model(model_class: type[Detector], given: dict[str, Any]) -> Any:
     """Builds a model from the arguments of its builder."""
     class_names, num_classes = given.get("class_names"), given.get("num_classes")
@@ -426,6 +419,9 @@ def _build(
     stages = {"preprocessing": stage("preprocessing")}
     padded = stages["preprocessing"].compute_output_shape((None, *image_shape), (None, 2))[1:]
     stages["backbone"] = resolve_backbone(backbone, resnet, padded)
+    classifier = None
+    if backbone_weights is not None:
+        classifier = find_classifier(backbone, backbone_weights)
     derived = {"box_head": {"num_classes": num_classes}}
     if "anchors" in model_class.stage_names:
         one_map = isinstance(given["pyramid"], dict) and given["pyramid"].get("finest_only")
@@ -438,9 +434,6 @@ def _build(
     for name in model_class.stage_names:
         if name not in stages:
             stages[name] = stage(name, **derived.get(name, {}))
-    classifier = None
-    if backbone_weights is not None:
-        classifier = find_classifier(backbone, backbone_weights)
     model = model_class(**stages, image_shape=image_shape, **arguments)
     if classifier is not None:
         load_backbone_weights(model.backbone, classifier, getattr(model, "box_head", None))
@@ -537,7 +530,7 @@ def _arguments_of_stages(trained: Pretrained) -> tuple[dict[str, Any], dict[str,
         elif type(layer) is not STAGES[stage]:
             stages[stage] = type(layer).from_config(config)
             continue
-        # The last stage is no argument of the command line, but it is one of a model.
+        # `last_stage` is not a command-line option, but a rebuilt model keeps it.
         derived = {*DERIVED} - {"last_stage"}
         stages[stage] = {
             argument: config[argument]

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 
 import keras
+import numpy as np
 
 import keras_fpn
 
@@ -90,3 +91,16 @@ def tiny_backbone() -> keras.Model:
         x = keras.layers.Conv2D(channels, 3, strides=2, padding="same", activation="relu")(x)
         maps[level] = x
     return keras.Model(images, maps, name="tiny")
+
+
+def arrays(outputs) -> dict:
+    """The outputs of a model as arrays."""
+    return {name: keras.ops.convert_to_numpy(value) for name, value in outputs.items()}
+
+
+def assert_same(outputs, expected) -> None:
+    """Holds the outputs of a model against others, bit for bit."""
+    outputs, expected = arrays(outputs), arrays(expected)
+    assert set(outputs) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(outputs[name], value, err_msg=name)

@@ -5,7 +5,14 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from small_detector import copy_stages, tiny_detector, tiny_fast_rcnn, tiny_rpn
+from small_detector import (
+    arrays,
+    assert_same,
+    copy_stages,
+    tiny_detector,
+    tiny_fast_rcnn,
+    tiny_rpn,
+)
 
 import keras_fpn
 
@@ -14,17 +21,6 @@ tensorflow_only = pytest.mark.skipif(
 )
 SIZES = np.array([[60, 80], [64, 96]], "int32")
 LOSSES = keras_fpn.FastRCNN.loss_names
-
-
-def arrays(outputs):
-    return {name: keras.ops.convert_to_numpy(value) for name, value in outputs.items()}
-
-
-def assert_same(outputs, expected):
-    outputs, expected = arrays(outputs), arrays(expected)
-    assert set(outputs) == set(expected)
-    for name, value in expected.items():
-        np.testing.assert_array_equal(outputs[name], value, err_msg=name)
 
 
 def proposed(detector, images, training=False):

@@ -5,7 +5,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from small_detector import copy_stages, tiny_detector, tiny_fast_rcnn, tiny_rpn
+from small_detector import arrays, assert_same, copy_stages, tiny_detector, tiny_fast_rcnn, tiny_rpn
 
 import keras_fpn
 
@@ -13,17 +13,6 @@ tensorflow_only = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="fit() needs the TensorFlow backend"
 )
 LOSSES = keras_fpn.RegionProposalNetwork.loss_names
-
-
-def arrays(outputs):
-    return {name: keras.ops.convert_to_numpy(value) for name, value in outputs.items()}
-
-
-def assert_same(outputs, expected):
-    outputs, expected = arrays(outputs), arrays(expected)
-    assert set(outputs) == set(expected)
-    for name, value in expected.items():
-        np.testing.assert_array_equal(outputs[name], value, err_msg=name)
 
 
 def assert_same_stages(model, source):

@@ -143,8 +143,8 @@ def draw_image(
     Args:
         random: generator of everything in it.
         edges: height and width are at least the first and below the second.
-        sizes: diameters of the shapes in pixels, in the order of drawing; a shape for which there
-            is no room is left out. Defaults to None: up to six, of 32 to 150 pixels.
+        sizes: diameters of the shapes in pixels, in the order of drawing; a shape that does not
+            fit is left out. Defaults to None, up to six shapes of 32 to 150 pixels.
 
     Returns:
         `pixels`: uint8 `[height, width, 3]`. `objects`: for each shape its label, the tight box

@@ -77,7 +77,7 @@ def alternate(
         options: data, devices and output.
         recipe: recipe of every step, with the arguments of `build_fpn_faster_rcnn`.
         rpn: recipe of the RPN's steps in place of `recipe`. Defaults to None, the same.
-        steps: number of steps; after less than four there is no one detector.
+        steps: number of steps to run; the detector is written after all four.
         num_proposals: as in `stored_proposals`.
     """
     from keras_fpn.runs.run_folder import claim_run

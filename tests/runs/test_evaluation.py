@@ -17,18 +17,12 @@ BROKEN = 40
 # Images of 48 x 64 pixels are resized to 72 x 96.
 EDGES = {"shorter_edge": 72, "longest_edge": 96}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def eagerly():
-    """Tracing takes longer than a few batches."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
+pytestmark = pytest.mark.usefixtures("module_runs_eagerly")
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Three images, and a file that is none, with two objects each."""
+    """Three images and a file that is not an image, with two objects each."""
     random = np.random.RandomState(0)
     files, objects = {}, []
     for i in range(3):

@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from data_sets import encode, write_coco_folder
 
 import keras_fpn
@@ -17,18 +16,12 @@ from keras_fpn.runs import evaluate, predict, train
 
 BROKEN = 50
 
-
-@pytest.fixture(scope="module", autouse=True)
-def eagerly():
-    """Tracing takes longer than a few steps."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
+pytestmark = pytest.mark.usefixtures("module_runs_eagerly")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Four images with a bright rectangle each, and a crowd; and a file that is no image."""
+    """Four images, each with a bright rectangle and a crowd, and a file that is not an image."""
     random = np.random.RandomState(0)
     files, objects = {}, []
     for i in range(5):
