@@ -64,11 +64,13 @@ class DetectionDataset:
         """
         raise NotImplementedError
 
+    @tf.autograph.experimental.do_not_convert
     def read_image_ids(self) -> np.ndarray:
         """Returns the ids of all images, int64 `[num_images]`, in the order of the files."""
         ids = self.records().map(lambda record: record["image_id"])
         return np.fromiter(ids.as_numpy_iterator(), np.int64)
 
+    @tf.autograph.experimental.do_not_convert
     def read_images(self, image_ids: Sequence[int]) -> dict[int, np.ndarray]:
         """Returns RGB pixels, uint8 `[H, W, 3]`, by image id; undecodable images are omitted."""
         requested = tf.constant(list(image_ids), tf.int64)

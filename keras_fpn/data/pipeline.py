@@ -30,6 +30,7 @@ def steps_per_epoch(dataset: DetectionDataset, batch_size: int) -> int:
     return dataset.num_images // batch_size
 
 
+@tf.autograph.experimental.do_not_convert
 def training_batches(
     dataset: DetectionDataset,
     batch_size: int,
@@ -184,6 +185,7 @@ def training_batches(
     return _with_options(batches)
 
 
+@tf.autograph.experimental.do_not_convert
 def evaluation_batches(
     dataset: DetectionDataset,
     batch_size: int,

@@ -95,6 +95,7 @@ class TfdsDataset(DetectionDataset):
             "area": tf.cast(objects.get("area", unknown_area), tf.float32),
         }
 
+    @tf.autograph.experimental.do_not_convert
     def _annotations(self) -> Iterator[tuple]:
         def measure(record: Record) -> Record:
             image_bytes = record.pop("image_bytes")

@@ -91,7 +91,9 @@ class Evaluation:
             return self.strategy.run(lambda x: model(x, training=False), args=(inputs,))
 
         jit_compile = model.jit_compile and self.strategy.num_replicas_in_sync == 1
-        self.detect = tf.function(on_replicas, reduce_retracing=True, jit_compile=jit_compile)
+        self.detect = tf.function(
+            on_replicas, reduce_retracing=True, jit_compile=jit_compile, autograph=False
+        )
 
     def run(self) -> tuple[CocoEvaluation, list[dict] | Proposals]:
         """Returns the metrics, and what they are of, on every worker.

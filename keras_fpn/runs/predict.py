@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         edges = evaluation_edges(configuration, options.shorter_edge, options.longest_edge)
         output = claim_folder(options.output)
     category_ids = configuration.get("category_ids", list(range(1, model.num_classes + 1)))
-    read = tf.function(read_image, input_signature=[tf.TensorSpec([], tf.string)])
+    read = tf.function(read_image, input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
     progress = keras.utils.Progbar(len(options.images), unit_name="image")
     all_results, skipped = [], []
     for number, name in enumerate(options.images, start=1):

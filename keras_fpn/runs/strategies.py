@@ -140,7 +140,7 @@ def sum_over_workers(strategy: tf.distribute.Strategy, array: np.ndarray) -> np.
 
 @functools.cache
 def _summing_function(strategy: tf.distribute.Strategy) -> Callable:
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def add(values):
         def on_replica(value):
             context = tf.distribute.get_replica_context()

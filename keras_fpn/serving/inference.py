@@ -328,7 +328,7 @@ def _graph_functions() -> dict[str, Callable]:
             with tf.device("CPU"):
                 return function(*arguments)
 
-        return tf.function(placed, input_signature=signature)
+        return tf.function(placed, input_signature=signature, autograph=False)
 
     def read_resized(content, wanted):
         image, problem = read_image(content)
