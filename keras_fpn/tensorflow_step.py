@@ -67,13 +67,20 @@ def function_of_iterator(model, step: Callable) -> Callable:
     """
     strategy = model.distribute_strategy
 
+    def after(data):
+        # When no data are left, what does not use them, such as the optimizer's step counter,
+        # must not go on either.
+        leaves = tf.nest.flatten(data, expand_composites=True)
+        return tf.control_dependencies([leaf for leaf in leaves if leaf is not None])
+
     def monitored_step(data):
-        with collect_monitored() as monitored:
+        with after(data), collect_monitored() as monitored:
             logs = step(data)
         return logs, monitored
 
     def step_on_replicas(data):
-        outputs = strategy.run(monitored_step, args=(data,))
+        with after(data):
+            outputs = strategy.run(monitored_step, args=(data,))
         return tf.nest.map_structure(
             lambda value: strategy.experimental_local_results(value)[0], outputs
         )
