@@ -6,7 +6,7 @@ from keras import ops
 from keras_fpn.box_head import RegionHead
 from keras_fpn.normalization import NORMALIZATIONS
 from keras_fpn.resnet import check_blocks, normalized_convolutions, residual_stage
-from keras_fpn.validation import check_choice, check_non_negative
+from keras_fpn.validation import check_choice, check_int, check_non_negative
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
@@ -26,6 +26,7 @@ class Conv5Head(RegionHead):
         stride_in_1x1: as in `ResNet`. Defaults to False.
         groups: as in `ResNet`. Defaults to 1.
         width_per_group: as in `ResNet`. Defaults to 64.
+        width: as in `ResNet`. Defaults to 64.
         normalization: as in `ResNet`. Defaults to "batch_norm".
         norm_epsilon: epsilon of the normalization layers. Defaults to 1e-5.
 
@@ -43,6 +44,7 @@ class Conv5Head(RegionHead):
         stride_in_1x1: bool = False,
         groups: int = 1,
         width_per_group: int = 64,
+        width: int = 64,
         normalization: str | None = "batch_norm",
         norm_epsilon: float = 1e-5,
         **kwargs,
@@ -53,6 +55,7 @@ class Conv5Head(RegionHead):
         self.groups, self.width_per_group = check_blocks(
             depth, stride_in_1x1, groups, width_per_group
         )
+        self.width = check_int("width", width)
         if normalization is not None:
             check_choice("normalization", normalization, NORMALIZATIONS)
         self.normalization = normalization
@@ -68,6 +71,7 @@ class Conv5Head(RegionHead):
             stride_in_1x1=self.stride_in_1x1,
             groups=self.groups,
             width_per_group=self.width_per_group,
+            width=self.width,
             normalization=self.normalization,
             norm_epsilon=self.norm_epsilon,
             dtype=self.dtype_policy,

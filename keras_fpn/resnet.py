@@ -52,8 +52,8 @@ class ResNet(keras.Model):
 
     Takes normalized images `[batch, height, width, 3]` of any size and returns
     `{"C2", "C3", "C4", "C5"}`, where `C{n}` is `[batch, ceil(height / 2**n), ceil(width / 2**n),
-    channels]` with 64, 128, 256, 512 channels for depths 18 and 34 and four times as many for the
-    others.
+    channels]` with 64, 128, 256, 512 channels for depths up to 34 and four times as many for the
+    others; at another `width` than 64, in proportion.
 
     Layers are named `stem_conv`, `stem_norm` and, for stage s = 2..5, block b = 0.. and convolution
     i = 1.., `stage{s}_block{b}_conv{i}`, `stage{s}_block{b}_norm{i}`,
@@ -71,6 +71,8 @@ class ResNet(keras.Model):
             more for ResNeXt (Xie et al., arXiv 1611.05431). Depths 18 and 34 have only 1.
         width_per_group: channels of a group in C2's 3x3 convolutions; each further stage has twice
             as many. Defaults to 64; ResNeXt-101 32x8d has 32 groups of 8.
+        width: channels of the stem, and of C2 at depths up to 34; those of all layers are in
+            proportion. Defaults to 64, that of the published networks.
         normalization: "frozen_batch_norm", "batch_norm", "sync_batch_norm" (batch statistics over
             all replicas, TensorFlow only), "group_norm" (32 groups), or None: convolutions with a
             bias, which batch norms can be folded into for inference. Defaults to "batch_norm".
@@ -95,6 +97,7 @@ class ResNet(keras.Model):
         stride_in_1x1: bool = False,
         groups: int = 1,
         width_per_group: int = 64,
+        width: int = 64,
         normalization: str | None = "batch_norm",
         norm_epsilon: float = 1e-5,
         frozen_stages: int = 0,
@@ -105,6 +108,7 @@ class ResNet(keras.Model):
         dtype: str | keras.DTypePolicy | None = None,
     ):
         groups, width_per_group = check_blocks(depth, stride_in_1x1, groups, width_per_group)
+        width = check_int("width", width)
         norm_epsilon = check_non_negative("norm_epsilon", norm_epsilon)
         if normalization is not None:
             check_choice("normalization", normalization, NORMALIZATIONS)
@@ -125,7 +129,7 @@ class ResNet(keras.Model):
 
         # === Functional Model ===
         images = keras.Input(image_shape)
-        x = convolve(images, 64, 7, strides=2, name="stem_conv")
+        x = convolve(images, width, 7, strides=2, name="stem_conv")
         x = normalize(x, name="stem_norm")
         x = keras.layers.ReLU(name="stem_relu", dtype=dtype)(x)
         # Values are >= 0 after the ReLU, so that padding with zeros changes no maximum.
@@ -142,6 +146,7 @@ class ResNet(keras.Model):
                 stride_in_1x1=stride_in_1x1,
                 groups=groups,
                 width_per_group=width_per_group,
+                width=width,
                 normalization=normalization,
                 norm_epsilon=norm_epsilon,
                 dtype=dtype,
@@ -158,6 +163,7 @@ class ResNet(keras.Model):
         self.stride_in_1x1 = stride_in_1x1
         self.groups = groups
         self.width_per_group = width_per_group
+        self.width = width
         self.normalization = normalization
         self.norm_epsilon = norm_epsilon
         self.frozen_stages = frozen_stages
@@ -198,6 +204,7 @@ class ResNet(keras.Model):
             "stride_in_1x1": self.stride_in_1x1,
             "groups": self.groups,
             "width_per_group": self.width_per_group,
+            "width": self.width,
             "normalization": self.normalization,
             "norm_epsilon": self.norm_epsilon,
             "frozen_stages": self.frozen_stages,
@@ -250,6 +257,7 @@ def residual_stage(
     stride_in_1x1: bool,
     groups: int,
     width_per_group: int,
+    width: int,
     normalization: str | None,
     norm_epsilon: float,
     dtype: keras.DTypePolicy,
@@ -263,20 +271,21 @@ def residual_stage(
         stride_in_1x1: see `ResNet`.
         groups: see `ResNet`.
         width_per_group: see `ResNet`.
+        width: see `ResNet`.
         normalization: see `ResNet`.
         norm_epsilon: see `ResNet`.
         dtype: precision policy.
     """
     convolve, normalize = _layers(normalization, norm_epsilon, dtype)
-    filters = 64 * 2 ** (stage - 2)
+    filters = width * 2 ** (stage - 2)
     for block in range(STAGE_BLOCKS[depth][stage - 2]):
         strides = 2 if block == 0 and stage > 2 else 1
         if depth >= 50:
-            width = filters * width_per_group // 64 * groups
+            grouped = filters * width_per_group // 64 * groups
             strides_1x1, strides_3x3 = (strides, 1) if stride_in_1x1 else (1, strides)
             convolutions = [
-                (width, 1, strides_1x1, 1),
-                (width, 3, strides_3x3, groups),
+                (grouped, 1, strides_1x1, 1),
+                (grouped, 3, strides_3x3, groups),
                 (4 * filters, 1, 1, 1),
             ]
         else:

@@ -131,12 +131,13 @@ def test_config_round_trip():
         stride_in_1x1=True,
         groups=32,
         width_per_group=8,
+        width=32,
         normalization=None,
         norm_epsilon=0.0,
         name="box_head",
     )
     assert Conv5Head.from_config(head.get_config()).get_config() == head.get_config()
-    assert head.get_config().items() >= {"num_classes": 3, "depth": 101, "groups": 32}.items()
+    assert head.get_config().items() >= {"num_classes": 3, "depth": 101, "groups": 32, "width": 32}.items()
 
 
 @pytest.mark.parametrize(
@@ -144,6 +145,7 @@ def test_config_round_trip():
     [
         ({"depth": 51}, r"`depth` .*; received 51"),
         ({"depth": 18, "groups": 32}, "`groups` .* depth 18, .*; received 32"),
+        ({"width": 0}, "`width` .*; received 0"),
         ({"num_classes": 0}, "`num_classes` .*; received 0"),
         ({"normalization": "batchnorm"}, "`normalization` .*'batchnorm'; did you mean 'batch_norm"),
     ],

@@ -304,6 +304,14 @@ class TestFrozenStages:
         assert updated == {"stage3", "stage4", "stage5"}
 
 
+@pytest.mark.parametrize(("depth", "channels"), [(10, [8, 16]), (50, [32, 64])])
+def test_width_scales_the_channels_of_all_stages(depth, channels):
+    model = ResNet(depth, width=8, last_stage=3)
+    assert [x.shape[-1] for x in model.output.values()] == channels
+    assert model.get_layer("stem_conv").filters == 8
+    assert model.get_layer("stage2_block0_conv1").filters == 8
+
+
 class TestSerialization:
     def test_config_rebuilds_the_same_network(self):
         model = ResNet(
@@ -311,6 +319,7 @@ class TestSerialization:
             stride_in_1x1=True,
             groups=4,
             width_per_group=16,
+            width=32,
             normalization="group_norm",
             norm_epsilon=1e-3,
             frozen_stages=3,
@@ -324,6 +333,7 @@ class TestSerialization:
         assert copy.get_config() == model.get_config()
         assert copy.get_layer("stage2_block0_conv2").groups == 4
         assert copy.name == "body"
+        assert copy.get_layer("stem_conv").filters == 32
         assert list(copy.output) == ["C2", "C3", "C4"]
         assert trained_layers(copy) == trained_layers(model)
         assert copy.get_layer("stage2_block0_conv1").compute_dtype == "bfloat16"
@@ -396,6 +406,7 @@ class TestStages:
         ({"image_shape": (64, 3)}, r"`image_shape` .*; received \(64, 3\)"),
         ({"depth": 34, "groups": 32}, "`groups` .* depth 34, .*; received 32"),
         ({"depth": 50, "groups": 0}, "`groups` .*; received 0"),
+        ({"width": 0}, "`width` .*; received 0"),
         ({"depth": 50, "width_per_group": 4.0}, r"`width_per_group` .*; received 4\.0"),
         ({"depth": 34, "stride_in_1x1": True}, "`stride_in_1x1` .* depth 34, .*; received True"),
     ],
