@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_fpn.normalization import NORMALIZATIONS, normalization_layer
 from keras_fpn.stage import Stage
-from keras_fpn.validation import check_choice, check_int, check_non_negative
+from keras_fpn.validation import MAX_LAYERS, check_choice, check_int, check_non_negative
 
 
 class RegionHead(Stage):
@@ -76,7 +76,8 @@ class BoxHead(RegionHead):
         norm_epsilon: epsilon of those layers. Defaults to 1e-5.
 
     Raises:
-        ValueError: if a number is out of range, or `normalization` is unknown.
+        ValueError: if a number is out of range (there are at most 1000 layers of a kind), or
+            `normalization` is unknown.
     """
 
     def __init__(
@@ -93,8 +94,8 @@ class BoxHead(RegionHead):
         if normalization is not None:
             check_choice("normalization", normalization, NORMALIZATIONS)
         self.hidden_dim = check_int("hidden_dim", hidden_dim)
-        self.hidden_layers = check_int("hidden_layers", hidden_layers)
-        self.convolutions = check_int("convolutions", convolutions, minimum=0)
+        self.hidden_layers = check_int("hidden_layers", hidden_layers, maximum=MAX_LAYERS)
+        self.convolutions = check_int("convolutions", convolutions, 0, MAX_LAYERS)
         self.normalization = normalization
         self.norm_epsilon = check_non_negative("norm_epsilon", norm_epsilon)
 

@@ -29,6 +29,7 @@ from keras_fpn.rpn import RPNHead
 from keras_fpn.single_scale import SingleScale
 from keras_fpn.targets import RoITargets, RPNTargets
 from keras_fpn.validation import check_choice, check_image_shape, did_you_mean
+from keras_fpn.weights.deferred import deferred_values
 from keras_fpn.weights.pretrained import Pretrained, open_detector
 from keras_fpn.weights.published import find_classifier
 from keras_fpn.weights.torchvision import load_backbone_weights
@@ -492,22 +493,26 @@ def _build_pretrained(
         arguments["class_names"] = class_names or trained_names
     if arguments["image_shape"] is None:
         arguments["image_shape"] = trained.image_shape
-    model = _build(
-        model_class,
-        backbone or trained.backbone or "resnet50",
-        None,
-        stages,
-        classes,
-        num_classes,
-        **arguments,
-    )
-    try:
-        trained.load(model, keeps_classes)
-    except ValueError as error:
-        changes = _changes(trained, backbone, given)
-        if not changes:
-            raise
-        raise ValueError(f"{weights!r} does not fit a model with {changes}: {error}") from error
+    # The file says how large the model is: nothing is allocated before it fits.
+    with deferred_values() as allocate:
+        model = _build(
+            model_class,
+            backbone or trained.backbone or "resnet50",
+            None,
+            stages,
+            classes,
+            num_classes,
+            **arguments,
+        )
+        try:
+            load = trained.fit(model, keeps_classes)
+        except ValueError as error:
+            changes = _changes(trained, backbone, given)
+            if not changes:
+                raise
+            raise ValueError(f"{weights!r} does not fit a model with {changes}: {error}") from error
+    allocate()
+    load()
     _warn_of_new_layers(model, weights, trained, keeps_classes)
     return model
 

@@ -1,5 +1,6 @@
 """What all models of this package share: stages, pieces of the forward pass, training, saving."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -500,6 +501,31 @@ class Detector(keras.Model):
             if stage in config
         }
         return cls(**config | stages)
+
+    def save_weights(self, filepath, *args, **kwargs) -> None:
+        """Saves the weights as `keras.Model.save_weights` does, with a checksum in `.weights.h5`.
+
+        Shards and files that are not local have none.
+        """
+        from keras_fpn.weights.h5_files import add_checksum
+
+        super().save_weights(filepath, *args, **kwargs)
+        if os.path.isfile(filepath):
+            add_checksum(filepath)
+
+    def load_weights(self, filepath, *args, **kwargs) -> None:
+        """Loads weights as `keras.Model.load_weights` does, if they have not been damaged.
+
+        The checksum of a `.weights.h5` is compared, and a warning says if it has none.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        from keras_fpn.weights.h5_files import check_h5_file
+
+        if str(filepath).endswith(".weights.h5") and os.path.isfile(filepath):
+            check_h5_file(filepath)
+        super().load_weights(filepath, *args, **kwargs)
 
     def export(self, filepath, *args, **kwargs) -> None:
         """Exports `functional_model` as `keras.Model.export` does: any format, no call needed."""

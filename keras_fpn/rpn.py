@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import keras
 
 from keras_fpn.stage import Stage
-from keras_fpn.validation import check_int
+from keras_fpn.validation import MAX_LAYERS, check_int
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
@@ -18,7 +18,7 @@ class RPNHead(Stage):
         hidden_layers: number of 3x3 convolutions. Defaults to 1, as in the paper.
 
     Raises:
-        ValueError: if a number is not an integer of at least 1.
+        ValueError: if a number is not an integer of at least 1, or `hidden_layers` is over 1000.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class RPNHead(Stage):
         super().__init__(**kwargs)
         self.anchors_per_location = check_int("anchors_per_location", anchors_per_location)
         self.channels = None if channels is None else check_int("channels", channels)
-        self.hidden_layers = check_int("hidden_layers", hidden_layers)
+        self.hidden_layers = check_int("hidden_layers", hidden_layers, maximum=MAX_LAYERS)
 
     def build(self, input_shapes):
         shape = next(iter(input_shapes.values()))

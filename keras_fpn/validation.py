@@ -5,20 +5,24 @@ import math
 import numbers
 from collections.abc import Iterable, Sequence
 
-import keras
 import numpy as np
 
-from keras_fpn.boxes import convert_boxes
+# Keras is imported where it is needed: programs check their options without waiting for it.
+_LARGEST = float(np.finfo(np.float32).max)
+# Each is an object: a file that says there are billions would fill the memory with them.
+MAX_LAYERS = 1000
 
 
-def check_int(argument: str, value, minimum: int = 1) -> int:
+def check_int(argument: str, value, minimum: int = 1, maximum: int | None = None) -> int:
     """Returns an integer argument as an `int`; NumPy integers count, booleans do not.
 
     Raises:
-        ValueError: if `value` is not an integer, or is below `minimum`.
+        ValueError: if `value` is not an integer, is below `minimum`, or above `maximum`.
     """
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"`{argument}` must be an integer >= {minimum}; received {value!r}.")
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value < minimum or (maximum is not None and value > maximum):
+        limits = f">= {minimum}" if maximum is None else f"in {minimum}..{maximum}"
+        raise ValueError(f"`{argument}` must be an integer {limits}; received {value!r}.")
     return int(value)
 
 
@@ -28,7 +32,7 @@ def check_fraction(argument: str, value) -> float:
     Raises:
         ValueError: if `value` is not a number in 0..1.
     """
-    if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+    if not 0 <= _number(value) <= 1:
         raise ValueError(f"`{argument}` must be in 0..1; received {value!r}.")
     return float(value)
 
@@ -39,9 +43,31 @@ def check_non_negative(argument: str, value) -> float:
     Raises:
         ValueError: if `value` is not such a number.
     """
-    if not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+    if not _number(value) >= 0:
         raise ValueError(f"`{argument}` must be a finite number >= 0; received {value!r}.")
     return float(value)
+
+
+def check_positive(argument: str, value) -> float:
+    """Returns a finite argument above 0 as a `float`.
+
+    Raises:
+        ValueError: if `value` is not such a number.
+    """
+    if not _number(value) > 0:
+        raise ValueError(f"`{argument}` must be a finite number > 0; received {value!r}.")
+    return float(value)
+
+
+def _number(value) -> float:
+    """Returns a number that float32 can hold; NaN for anything else, booleans included."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:  # An integer.
+        return math.nan
+    return number if abs(number) <= _LARGEST else math.nan
 
 
 def check_choice(argument: str, value, choices: Iterable[str]) -> str:
@@ -204,6 +230,8 @@ def check_training_data(model, x, y) -> None:
 
 
 def _described(structure):
+    import keras
+
     return keras.tree.map_structure(lambda x: tuple(x.shape), structure)
 
 
@@ -264,6 +292,10 @@ def check_targets(
         ValueError: for missing keys, wrong shapes, labels out of range, degenerate boxes, and for
             boxes outside their image or all within one pixel, the signs of a wrong format.
     """
+    import keras
+
+    from keras_fpn.boxes import convert_boxes
+
     check_target_structure(targets)
     boxes = np.asarray(targets["boxes"], "float64")
     labels = np.asarray(targets["labels"])

@@ -23,6 +23,7 @@ DEFAULTS = {
     },
     "resnet": {
         "stride_in_1x1": False,
+        "width": 64,
         "normalization": "batch_norm",
         "norm_epsilon": 1e-5,
         "frozen_stages": 0,
@@ -102,6 +103,7 @@ OTHERS = {
     },
     "resnet": {
         "stride_in_1x1": True,
+        "width": 32,
         "normalization": "group_norm",
         "norm_epsilon": 1e-3,
         "frozen_stages": 3,

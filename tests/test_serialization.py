@@ -58,7 +58,7 @@ LAYERS = [
     (SingleScale("C3"), (maps(2, C2=8, C3=4),)),
     (PyramidRoIPool(3, 3, 16.0), (maps(2, P2=8, P3=4), boxes(5))),
     (
-        Conv5Head(3, 18, normalization="frozen_batch_norm", norm_epsilon=0.1),
+        Conv5Head(3, 18, width=32, normalization="frozen_batch_norm", norm_epsilon=0.1),
         (RANDOM.normal(size=(1, 4, 2, 2, 256)).astype("float32"),),
     ),
     (RPNHead(2, 5, 2), (maps(3, P2=4, P3=2),)),

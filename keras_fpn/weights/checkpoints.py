@@ -57,8 +57,9 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     with the same values (bfloat16 and float8 as in `ml_dtypes`); tensors that share a storage share
     memory. Parameters become arrays, ordered dictionaries `dict`, `torch.Size` a tuple. Quantized,
     sparse and conjugated tensors, tensor subclasses and any other object are refused by name.
-    Reading takes up to four times the file's size in memory; a file that would take far more is
-    refused.
+    Reading takes up to four times the file's size in memory; a file that would take more than
+    64 MiB and 16 times its size, or hold more than one pickle operation for every 8 bytes (250,000
+    for files below 2 MB), is refused.
 
     A zip archive is checked by its CRC-32. Pickles and PyTorch's older format have no checksum: a
     changed weight is noticed only where the name of a `.pth`, `.pt` or `.pkl` file ends in 8 or
@@ -135,13 +136,14 @@ def _read_zip(data: bytes) -> Any:
             raise Refused(f"seems to be a zip archive of other things; {EXPECTED}")
         if folders and f"{folders[0]}/constants.pkl" in names:
             raise Refused(f"seems to be a TorchScript archive, which holds code; {EXPECTED}")
-        _check_members(archive, len(data))
+        check_members(archive, len(data))
         if is_npz:
-            return {n.removesuffix(".npy"): _read_npy(_member(archive, n)) for n in names}
+            return {n.removesuffix(".npy"): _read_npy(read_member(archive, n)) for n in names}
         return _read_torch_zip(archive, folders[0], _allowance(len(data)))
 
 
-def _check_members(archive: zipfile.ZipFile, file_size: int) -> None:
+def check_members(archive: zipfile.ZipFile, file_size: int) -> None:
+    """Refuses an archive whose members overlap, or may unpack to far more than the file's size."""
     members = sorted(archive.infolist(), key=lambda member: member.header_offset)
     ends = [member.header_offset for member in members[1:]] + [archive.start_dir]
     for member, end in zip(members, ends, strict=True):
@@ -160,8 +162,8 @@ def _check_members(archive: zipfile.ZipFile, file_size: int) -> None:
         raise Refused(f"has {file_size} bytes that claim to unpack to {unpacked}")
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    # Reading a member to its end compares its CRC-32.
+def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Returns the contents of a member, after comparing its CRC-32."""
     with damage(*ZIP_DAMAGE):
         return archive.read(name)
 
@@ -169,12 +171,12 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
 def _read_torch_zip(archive: zipfile.ZipFile, folder: str, allowance: int) -> Any:
     order = b"little"
     if f"{folder}/byteorder" in archive.namelist():
-        order = _member(archive, f"{folder}/byteorder")
+        order = read_member(archive, f"{folder}/byteorder")
         if order not in (b"little", b"big"):
             raise Refused("has a byte order that is neither little nor big")
 
     def read_storage(key: str, storage_type: StorageType, size: int) -> bytearray:
-        buffer = bytearray(_member(archive, f"{folder}/data/{key}"))
+        buffer = bytearray(read_member(archive, f"{folder}/data/{key}"))
         if len(buffer) != size:
             raise Refused(f"{DAMAGED}: a storage and its tensors differ in size or type")
         if order == b"big":
@@ -185,7 +187,7 @@ def _read_torch_zip(archive: zipfile.ZipFile, folder: str, allowance: int) -> An
             np.frombuffer(buffer, f"u{itemsize}").byteswap(inplace=True)
         return buffer
 
-    stream = io.BytesIO(_member(archive, f"{folder}/data.pkl"))
+    stream = io.BytesIO(read_member(archive, f"{folder}/data.pkl"))
     return _whole(stream, unpickle(stream, allowance, {}, read_storage))
 
 

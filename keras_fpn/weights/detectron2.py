@@ -8,10 +8,10 @@ import keras
 import numpy as np
 
 from keras_fpn.weights.plan import (
-    assign,
     channels_last_columns,
     check_resnet,
     count_names,
+    fit,
     layers_with_weights,
     normalization_kind,
     plan_of,
@@ -129,10 +129,10 @@ def detectron2_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int 
     return backbone, len(arrays[f"{PREDICTOR}.cls_score.bias"]) - 1, stages
 
 
-def load_detectron2_arrays(
+def fit_detectron2_arrays(
     model: keras.Model, arrays: Mapping[str, np.ndarray], *, with_classes: bool
-) -> None:
-    """Loads a state dict of Detectron2.
+) -> Callable[[], None]:
+    """Checks that a state dict of Detectron2 fits a model.
 
     That of an RPN alone leaves the box head as it is, that of Fast R-CNN the RPN.
 
@@ -141,9 +141,11 @@ def load_detectron2_arrays(
         arrays: name to array.
         with_classes: whether to load the layers that depend on the classes.
 
+    Returns:
+        A function that loads them.
+
     Raises:
-        ValueError: for missing or unexpected names, and for shapes or values that do not fit; the
-            model has not changed then.
+        ValueError: for missing or unexpected names, and for shapes or values that do not fit.
     """
     arrays = {k: v for k, v in arrays.items() if not re.fullmatch(BUFFERS, k)}
     check_resnet(model.backbone, "Detectron2")
@@ -172,7 +174,7 @@ def load_detectron2_arrays(
             arrays = {k: v for k, v in arrays.items() if not k.startswith(PREDICTOR)}
             for layer in model.box_head.class_layers():
                 del layers[f"box_head/{layer.name}"]
-    assign(plan_of(layers, names, layouts), arrays)
+    return fit(plan_of(layers, names, layouts), arrays)
 
 
 def _check_anchors(cell: np.ndarray, size: int) -> None:

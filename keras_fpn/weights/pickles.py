@@ -24,9 +24,14 @@ from keras_fpn.weights.pickle_globals import (
 )
 from keras_fpn.weights.refusal import DAMAGED, Refused, damage, kind, shown, typed
 
-# A tensor takes about 35 operations.
-MAX_OPERATIONS = 2_000_000
+# A tensor takes about 35 operations, and interpreting one about 10 microseconds.
+MAX_OPERATIONS = 250_000
+MAX_VALUES = 2_000_000
 MAX_DEPTH = 100
+# Bytes of a container, its place in the memo and what `check_plain` notes of it.
+CONTAINER_SIZE = 300
+CONTAINERS = {"EMPTY_LIST", "LIST", "EMPTY_DICT", "DICT"}
+CONTAINERS |= {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
@@ -45,7 +50,7 @@ def unpickle(
 
     Args:
         stream: positioned at the pickle's start; left at its end.
-        allowance: bytes that the pickle's calls may make.
+        allowance: bytes that the pickle's calls and containers may take.
         storages: by key, as in `find_storage`; filled in place.
         make_storage: as `make` of `find_storage`. Without it, tensors are refused.
 
@@ -81,6 +86,8 @@ def unpickle(
     for count, (operation, argument) in enumerate(_operations(stream)):
         if count > limit:
             raise Refused(f"is a pickle of more than {limit} operations")
+        if operation in CONTAINERS:
+            allowance = _spent(allowance, CONTAINER_SIZE)
         match operation:
             case "PROTO" | "FRAME":
                 pass
@@ -145,13 +152,13 @@ def unpickle(
             case "REDUCE":
                 arguments, function = pop(), pop()
                 value = _call(function, arguments)
-                allowance = _spent(allowance, value)
+                allowance = _spent(allowance, _size(value))
                 piles[-1].append(value)
             case "BUILD":
                 state, value = pop(), top()
                 if type(value) is Unbuilt:
                     built = build(value, typed(state, tuple))
-                    allowance = _spent(allowance, built)
+                    allowance = _spent(allowance, _size(built))
                     piles[-1][-1] = built
                     memo.update(dict.fromkeys(value.memo_keys, built))
                     value.memo_keys.clear()
@@ -189,13 +196,17 @@ def _call(function: Any, arguments: Any) -> Any:
     return function(*arguments)
 
 
-def _spent(allowance: int, made: Any) -> int:
+def _size(made: Any) -> int:
     # An entry of a dictionary takes about 100 bytes.
-    size = getattr(made, "nbytes", len(made) if type(made) is bytes else 0)
-    allowance -= 100 * len(made) if type(made) is dict else size
-    if allowance < 0:
+    if type(made) is dict:
+        return 100 * len(made)
+    return getattr(made, "nbytes", len(made) if type(made) is bytes else 0)
+
+
+def _spent(allowance: int, size: int) -> int:
+    if size > allowance:
         raise Refused("is a pickle that multiplies its own bytes")
-    return allowance
+    return allowance - size
 
 
 def check_plain(value: Any) -> None:
@@ -218,7 +229,7 @@ def check_plain(value: Any) -> None:
             number = len(item) + sum(number for _, number in below)
             if depth > MAX_DEPTH:
                 raise Refused(f"nests containers more than {MAX_DEPTH} deep")
-            if number > MAX_OPERATIONS:
+            if number > MAX_VALUES:
                 raise Refused("holds more values than can be traversed")
             measured[id(item)] = depth, number
             entered.remove(id(item))

@@ -217,12 +217,14 @@ def resnet_name(blocks: tuple[int, ...], bottleneck: bool, kernel_shape: tuple[i
     return f"resnext{depths[0]}_{width // group_width}x{group_width}d"
 
 
-def assign(plan: Sequence[Entry], arrays: Mapping[str, np.ndarray]) -> None:
-    """Assigns the arrays as planned, unless anything does not fit.
+def fit(plan: Sequence[Entry], arrays: Mapping[str, np.ndarray]) -> Callable[[], None]:
+    """Checks that everything fits; of the variables, only the shapes are looked at.
+
+    Returns:
+        A function that assigns the arrays as planned.
 
     Raises:
-        ValueError: for missing or unexpected names, and for shapes or values that do not fit;
-            nothing has been assigned then.
+        ValueError: for missing or unexpected names, and for shapes or values that do not fit.
     """
     planned = {entry.name for entry in plan}
     missing = sorted(planned - set(arrays))
@@ -253,8 +255,12 @@ def assign(plan: Sequence[Entry], arrays: Mapping[str, np.ndarray]) -> None:
             f"The weights do not fit: {'; '.join(misfits[:5])}"
             f"{f' and {len(misfits) - 5} more' if len(misfits) > 5 else ''}; nothing was loaded."
         )
-    for entry, value in zip(plan, values, strict=True):
-        entry.variable.assign(value.astype("float32"))
+
+    def load() -> None:
+        for entry, value in zip(plan, values, strict=True):
+            entry.variable.assign(value.astype("float32"))
+
+    return load
 
 
 def _named(what, names):

@@ -1,15 +1,13 @@
 """`weights=`: published weights by name, or a file in any known format."""
 
-import contextlib
+import itertools
 import os
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import keras
 import numpy as np
 
@@ -18,16 +16,21 @@ from keras_fpn.detector import Detector
 from keras_fpn.weights.checkpoints import read_checkpoint
 from keras_fpn.weights.detectron2 import (
     detectron2_architecture,
+    fit_detectron2_arrays,
     is_detectron2,
-    load_detectron2_arrays,
 )
+from keras_fpn.weights.h5_files import check_h5_file
+from keras_fpn.weights.keras_files import damage_is_named, is_keras_file, load_keras_file, named
 from keras_fpn.weights.plan import PUBLISHED, read_arrays
 from keras_fpn.weights.published import DETECTORS, fetch, first_digits, sha256_of
 from keras_fpn.weights.torchvision import (
-    load_torchvision_arrays,
+    fit_torchvision_arrays,
     torchvision_architecture,
     torchvision_arrays,
 )
+
+CLASS_LAYER = re.compile(r"(?:^|/)box_head/(?:class_logits|deltas)/")
+CLASS_BIAS = re.compile(r"(?:.*/)?box_head/class_logits/vars/1")
 
 
 class Pretrained(NamedTuple):
@@ -42,8 +45,9 @@ class Pretrained(NamedTuple):
             the file does not tell.
         class_names: number of classes to their names, where known.
         image_shape: of the model; None if the file does not tell.
-        load: loads the weights of all stages that both have into a model; its second argument is
-            whether to load the layers that depend on the classes.
+        fit: checks that the weights of all stages that both have fit a model, whose variables need
+            no values yet, and returns a function that loads them; its second argument is whether
+            to load the layers that depend on the classes.
         missing_stages: names of stages that the file has no weights of.
     """
 
@@ -52,7 +56,7 @@ class Pretrained(NamedTuple):
     num_classes: int | None
     default_classes: int | None
     class_names: dict[int, tuple[str, ...]]
-    load: Callable[[Detector, bool], None]
+    fit: Callable[[Detector, bool], Callable[[], None]]
     image_shape: tuple[int | None, ...] | None = None
     missing_stages: tuple[str, ...] = ()
 
@@ -114,10 +118,10 @@ def _open_torchvision(arrays: Mapping[str, np.ndarray], url: str | None) -> Pret
         default_classes = len(COCO_CLASS_NAMES)
         class_names = {len(names): names for names in (COCO_CLASS_NAMES, coco_names_by_id())}
 
-    def load(model, with_classes):
-        load_torchvision_arrays(model, arrays, with_classes=with_classes)
+    def fit(model, with_classes):
+        return fit_torchvision_arrays(model, arrays, with_classes=with_classes)
 
-    return Pretrained(backbone, stages, num_classes, default_classes, class_names, load)
+    return Pretrained(backbone, stages, num_classes, default_classes, class_names, fit)
 
 
 def _open_detectron2(contents: Mapping, arrays: Mapping[str, np.ndarray]) -> Pretrained:
@@ -129,8 +133,8 @@ def _open_detectron2(contents: Mapping, arrays: Mapping[str, np.ndarray]) -> Pre
         # Files of its model zoo name their author; 80 classes are COCO's there.
         class_names[num_classes] = COCO_CLASS_NAMES
 
-    def load(model, with_classes):
-        load_detectron2_arrays(model, arrays, with_classes=with_classes)
+    def fit(model, with_classes):
+        return fit_detectron2_arrays(model, arrays, with_classes=with_classes)
 
     return Pretrained(
         backbone,
@@ -138,35 +142,12 @@ def _open_detectron2(contents: Mapping, arrays: Mapping[str, np.ndarray]) -> Pre
         num_classes,
         num_classes,
         class_names,
-        load,
+        fit,
         missing_stages=(
             *(() if has_rpn else ("rpn_head",)),
             *(() if num_classes is not None else ("box_head",)),
         ),
     )
-
-
-def is_keras_file(path: Path) -> bool:
-    """Returns whether a file is a complete archive in Keras's own format."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return {"config.json", "model.weights.h5"} <= set(archive.namelist())
-
-
-def load_keras_file(path: Path) -> Detector:
-    """Returns the model in a `.keras` file of any name, uncompiled.
-
-    Raises:
-        ValueError: if the file is damaged, or holds another model.
-    """
-    with _damage_is_named(path), _named(path, "model.keras") as named:
-        model = keras.saving.load_model(named, compile=False)
-    if not isinstance(model, Detector):
-        raise ValueError(
-            f"{str(path)!r} must contain a model of keras_fpn; received a {type(model).__name__}."
-        )
-    return model
 
 
 def _open_keras_file(path: Path) -> Pretrained:
@@ -177,81 +158,90 @@ def _open_keras_file(path: Path) -> Pretrained:
         source.num_classes,
         source.num_classes,
         {len(source.class_names): source.class_names} if source.class_names else {},
-        lambda model, with_classes: _copy_weights(source, model, with_classes),
+        lambda model, with_classes: _fit_stages(source, model, with_classes),
         source.image_shape,
         tuple({"rpn_head", "box_head"} - {*source.stage_names}),
     )
 
 
 def _open_h5(path: Path) -> Pretrained:
-    num_classes, arrays = [], []
-
-    def visit(name, item):
-        if name.endswith("box_head/class_logits/vars/1"):
-            num_classes.append(item.shape[0] - 1)
-        if isinstance(item, h5py.Dataset):
-            arrays.append(name)
-
-    with _damage_is_named(path), h5py.File(path) as file:
-        file.visititems(visit)
-    if not arrays or len(num_classes) > 1:
+    # Of a compiled model, Keras saves the optimizer too.
+    shapes = {
+        name: shape
+        for name, shape in check_h5_file(path).items()
+        if not name.startswith("optimizer/")
+    }
+    classes = [shape for name, shape in shapes.items() if CLASS_BIAS.fullmatch(name)]
+    if not shapes or len(classes) > 1 or any(len(shape) != 1 for shape in classes):
         raise ValueError(
             f"{str(path)!r} must contain the weights of a model of keras_fpn; received others."
         )
-    classes = num_classes[0] if num_classes else None
+    num_classes = classes[0][0] - 1 if classes else None
 
-    def load(model, with_classes):
-        config = model.get_config()
-        if classes is not None and "box_head" in config:
-            config["box_head"]["config"]["num_classes"] = classes
-            config["class_names"] = None
-        source = type(model).from_config(config)
+    def fit(model, with_classes):
+        skipped = []
+        if num_classes is not None and "box_head" in model.stage_names and not with_classes:
+            skipped = model.box_head.class_layers()
         misfit = (
             f"The weights of {str(path)!r} do not fit a model with these arguments; pass those "
-            "that it was built with, or its .keras file."
+            "that it was built with, or its .keras file"
         )
         # Keras silently ignores layers that the model does not have.
-        if len(arrays) != len(source.variables):
-            raise ValueError(misfit)
-        with _damage_is_named(path), _named(path, "model.weights.h5") as named:
-            try:
-                source.load_weights(named)
-            except ValueError as error:
-                raise ValueError(misfit) from error
-        _copy_weights(source, model, with_classes)
+        theirs = Counter(
+            shape for name, shape in shapes.items() if not (skipped and CLASS_LAYER.search(name))
+        )
+        ours = Counter(tuple(variable.shape) for variable in model.variables)
+        ours -= Counter(tuple(weight.shape) for layer in skipped for weight in layer.weights)
+        if ours != theirs:
+            raise ValueError(f"{misfit}; {_shown(theirs - ours, ours - theirs)}.")
+
+        def load():
+            with damage_is_named(path), named(path, "model.weights.h5") as link:
+                try:
+                    # The file has been checked: no second time.
+                    keras.Model.load_weights(model, link, objects_to_skip=skipped)
+                except ValueError as error:
+                    raise ValueError(f"{misfit}.") from error
+
+        return load
 
     # The file does not tell the architecture; the builder's arguments do.
-    return Pretrained(None, {}, classes, classes, {}, load)
+    return Pretrained(None, {}, num_classes, num_classes, {}, fit)
 
 
-def _copy_weights(source: Detector, target: Detector, with_classes: bool) -> None:
-    """Copies the weights of all stages that both have."""
+def _shown(theirs: Counter, ours: Counter) -> str:
+    """Returns what differs between the shapes of a file and those of a model."""
+    parts = (("the file", theirs), ("the model", ours))
+    return ", ".join(
+        f"only {owner} has {', '.join(map(str, list(shapes)[:3]))}{', ...' * (len(shapes) > 3)}"
+        for owner, shapes in parts
+        if shapes
+    )
+
+
+def _fit_stages(source: Detector, target: Detector, with_classes: bool) -> Callable[[], None]:
+    """Checks that the stages that both have fit; returns a function that copies their weights."""
+    pairs: list[tuple] = []
     for stage in target.stage_names:
         if stage not in source.stage_names:
             continue
         theirs, ours = getattr(source, stage), getattr(target, stage)
-        if stage != "box_head" or with_classes:
-            ours.set_weights(theirs.get_weights())
-            continue
-        for layer, of in zip(
-            ours.class_independent_layers(), theirs.class_independent_layers(), strict=True
-        ):
+        found = [(theirs, ours)]
+        if stage == "box_head" and not with_classes:
+            layers = (theirs.class_independent_layers(), ours.class_independent_layers())
+            found = list(itertools.zip_longest(*layers))
+        for of, layer in found:
+            shapes = [[tuple(w.shape) for w in x.weights] if x else [] for x in (of, layer)]
+            if shapes[0] != shapes[1]:
+                differ = Counter(shapes[0]), Counter(shapes[1])
+                raise ValueError(
+                    f"the weights of the {stage} have other shapes: "
+                    f"{_shown(differ[0] - differ[1], differ[1] - differ[0])}."
+                )
+        pairs += found
+
+    def load():
+        for of, layer in pairs:
             layer.set_weights(of.get_weights())
 
-
-@contextlib.contextmanager
-def _damage_is_named(path: Path) -> Iterator[None]:
-    """Turns errors of reading archives and HDF5 files into one that names the file."""
-    try:
-        yield
-    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, KeyError, EOFError) as error:
-        raise ValueError(f"{str(path)!r} is damaged or incomplete.") from error
-
-
-@contextlib.contextmanager
-def _named(path: Path, name: str) -> Iterator[Path]:
-    """Yields a link to the file with a name that Keras recognizes; Keras goes by the name."""
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / name
-        link.symlink_to(path.resolve())
-        yield link
+    return load

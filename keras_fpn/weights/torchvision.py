@@ -10,10 +10,10 @@ import numpy as np
 from keras_fpn.conv5_head import Conv5Head
 from keras_fpn.data.coco_classes import COCO_IDS_AND_NAMES
 from keras_fpn.weights.plan import (
-    assign,
     channels_last_columns,
     check_resnet,
     count_names,
+    fit,
     layers_with_weights,
     normalization_kind,
     plan_of,
@@ -66,7 +66,7 @@ def load_torchvision_weights(
         FileNotFoundError: if the path is not a file.
         ValueError: for missing or unexpected names, and for shapes or values that do not fit.
     """
-    load_torchvision_arrays(model, torchvision_arrays(state_dict), with_classes=True)
+    fit_torchvision_arrays(model, torchvision_arrays(state_dict), with_classes=True)()
 
 
 def torchvision_arrays(state_dict: Mapping | str | os.PathLike) -> dict[str, np.ndarray]:
@@ -126,15 +126,18 @@ def torchvision_architecture(arrays: Mapping[str, np.ndarray]) -> tuple[str, int
     return _backbone(arrays, "backbone.body."), num_classes, stages
 
 
-def load_torchvision_arrays(
+def fit_torchvision_arrays(
     model: keras.Model, arrays: Mapping[str, np.ndarray], *, with_classes: bool
-) -> None:
-    """Loads the arrays of `torchvision_arrays` into a detector.
+) -> Callable[[], None]:
+    """Checks that the arrays of `torchvision_arrays` fit a detector.
 
     Args:
         model: as for `load_torchvision_weights`.
         arrays: name to array.
         with_classes: whether to load the layers that depend on the classes.
+
+    Returns:
+        A function that loads them.
 
     Raises:
         ValueError: see `load_torchvision_weights`.
@@ -172,7 +175,7 @@ def load_torchvision_arrays(
                 del layers[f"box_head/{layer.name}"]
     else:
         arrays = {k: v for k, v in arrays.items() if not k.startswith("roi_heads.")}
-    assign(plan_of(layers, names, layouts), arrays)
+    return fit(plan_of(layers, names, layouts), arrays)
 
 
 def load_backbone_weights(
@@ -201,7 +204,7 @@ def load_backbone_weights(
     ignored = ("fc.", *(f"layer{stage - 1}." for stage in range(last_stage + 1, 6)))
     arrays = {name: value for name, value in arrays.items() if not name.startswith(ignored)}
     plan = plan_of(layers, NAMES)
-    assign([e._replace(name=e.name.removeprefix("backbone.body.")) for e in plan], arrays)
+    fit([e._replace(name=e.name.removeprefix("backbone.body.")) for e in plan], arrays)()
 
 
 def _anchor_order(anchors) -> np.ndarray:

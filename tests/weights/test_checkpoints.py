@@ -491,7 +491,7 @@ def test_a_misspelled_member_does_not_pass_for_a_missing_one(read):
 @pytest.mark.parametrize(
     ("module", "function", "file"),
     [
-        (checkpoints, "_check_members", "training_zip.pth"),
+        (checkpoints, "check_members", "training_zip.pth"),
         (checkpoints, "_whole", "training_legacy.pth"),
         (checkpoints, "check_plain", "numpy2_protocol2.pkl"),
         (pickles, "find_storage", "training_zip.pth"),
@@ -612,6 +612,12 @@ def test_too_many_operations_are_refused(read, monkeypatch):
     monkeypatch.setattr(pickles, "MAX_OPERATIONS", 1000)
     assert len(read(b"\x80\x02(" + b"N" * 900 + b"t.")) == 900
     assert "more than 1000 operations" in refusal(read, b"\x80\x02(" + b"N" * 1100 + b"t.")
+
+
+@pytest.mark.parametrize(("item", "reason"), [(b"N", "operations"), (b"]", "multiplies")])
+def test_a_small_file_of_many_values_is_refused(read, item, reason):
+    # A list takes one byte of the file and 200 of memory.
+    assert reason in refusal(read, b"\x80\x02(" + item * 260_000 + b"l.")
 
 
 def test_what_takes_long_is_not_repeated(read):
