@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import json
 import pathlib
+import reprlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +14,9 @@ import tensorflow as tf
 from keras_fpn.data.image_files import read_image
 
 Record = dict[str, tf.Tensor]
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +38,10 @@ class DetectionDataset:
     num_images: int
 
     def records(
-        self, shuffle_seed: tf.Tensor | None = None, shuffle_buffer: int = 2048
+        self,
+        shuffle_seed: tf.Tensor | None = None,
+        shuffle_buffer: int = 2048,
+        objects_only: bool = False,
     ) -> tf.data.Dataset:
         """Returns one pass over the split, with images still encoded.
 
@@ -42,6 +50,8 @@ class DetectionDataset:
                 enclosing graph. Defaults to None, the order of the files.
             shuffle_buffer: size of the shuffle buffer where records cannot be read in random order
                 (TFDS). A folder is always shuffled as a whole.
+            objects_only: whether to omit images whose annotations have no object that is not a
+                crowd. The files of a folder's other images are not read.
 
         Returns:
             A data set of dicts:
@@ -161,6 +171,26 @@ def load_dataset(
     if path.is_dir() and not is_tfds_name(name):
         return load_coco_folder(name, split, data_dir)
     return load_tfds(name, split, data_dir, download)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Returns the content of a JSON file.
+
+    Raises:
+        ValueError: if it is not valid JSON, or is nested too deeply; the message names the file.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(f"{str(path)!r} is not valid JSON: {reason}.")
+
+
+def shortened(value: Any) -> str:
+    """Returns the `repr` of a value for an error message, of limited length and depth."""
+    return _SHORT.repr(value)
 
 
 def list_entries(folder: Any) -> str:

@@ -6,10 +6,11 @@ python -m keras_fpn.data.demo_dataset --data-dir demo/data --unseen-images demo/
 """
 
 import argparse
+import functools
 import io
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class KerasFpnShapes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012 - TFDS's convention
     NUM_IMAGES = {"train": 600, "validation": 100}  # noqa: RUF012
+    LABELS = CLASS_NAMES
 
     def draw(self, random: np.random.Generator) -> tuple[np.ndarray, list[tuple]]:
         """Draws one image, as `draw_image` does."""
@@ -50,7 +52,7 @@ class KerasFpnShapes(tfds.core.GeneratorBasedBuilder):
                             "bbox": tfds.features.BBoxFeature(),
                             "id": np.int64,
                             "is_crowd": np.bool_,
-                            "label": tfds.features.ClassLabel(names=CLASS_NAMES),
+                            "label": tfds.features.ClassLabel(names=self.LABELS),
                         }
                     ),
                 }
@@ -83,7 +85,7 @@ class KerasFpnShapes(tfds.core.GeneratorBasedBuilder):
                             ),
                             "id": number * 100 + position,
                             "is_crowd": False,
-                            "label": CLASS_NAMES[label],
+                            "label": self.LABELS[label],
                         }
                         for position, (label, (x1, y1, x2, y2), area) in enumerate(objects)
                     ],
@@ -92,15 +94,29 @@ class KerasFpnShapes(tfds.core.GeneratorBasedBuilder):
 
 
 class KerasFpnOctaves(KerasFpnShapes):
-    """Drawn shapes over five octaves of size, 8 to 256 pixels, on textured backgrounds."""
+    """Drawn shapes over five octaves of size, 8 to 256 pixels, by day and by night.
 
-    VERSION = tfds.core.Version("1.0.0")
+    By day, the sky is lighter than the ground. Around a small object either has one color: only
+    the whole image tells its class.
+    """
+
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {"2.0.0": "By day and by night."}  # noqa: RUF012
     NUM_IMAGES = {"train": 1000, "validation": 200}  # noqa: RUF012
+    LABELS = ("circle by day", "circle by night", "star by day", "star by night")
 
     def draw(self, random: np.random.Generator) -> tuple[np.ndarray, list[tuple]]:
         """Draws one image of 256 to 288 pixels; large shapes first, on which small ones may lie."""
         sizes = np.exp(random.uniform(math.log(8), math.log(256), int(random.integers(4, 13))))
-        return draw_image(random, (257, 289), -np.sort(-sizes))
+        night = int(random.integers(2))
+        pixels, objects = draw_image(
+            random,
+            (257, 289),
+            ("circle", "star"),
+            -np.sort(-sizes),
+            functools.partial(_landscape, night=bool(night)),
+        )
+        return pixels, [(2 * label + night, *rest) for label, *rest in objects]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -136,22 +152,27 @@ def _random(split: str, number: int) -> np.random.Generator:
 def draw_image(
     random: np.random.Generator,
     edges: tuple[int, int] = (224, 289),
+    names: Sequence[str] = CLASS_NAMES,
     sizes: np.ndarray | None = None,
+    background: Callable[..., np.ndarray] | None = None,
 ) -> tuple[np.ndarray, list[tuple[int, tuple[float, float, float, float], int]]]:
     """Draws one image.
 
     Args:
         random: generator of everything in it.
         edges: height and width are at least the first and below the second.
+        names: the shapes to draw, of `CLASS_NAMES`. A label is an index of them.
         sizes: diameters of the shapes in pixels, in the order of drawing; a shape that does not
             fit is left out. Defaults to None, up to six shapes of 32 to 150 pixels.
+        background: function of `(random, height, width)` that draws it. Defaults to None, a
+            gradient with texture.
 
     Returns:
         `pixels`: uint8 `[height, width, 3]`. `objects`: for each shape its label, the tight box
         (x1, y1, x2, y2) of its visible part in pixels, and its visible area in pixels.
     """
     width, height = (int(edge) for edge in random.integers(*edges, 2))
-    canvas = _background(random, height, width)
+    canvas = (background or _gradient)(random, height, width)
     labels: list[int] = []
     areas: list[float] = []
     visible: list[np.ndarray] = []  # [height, width], fraction of each pixel showing the shape
@@ -162,13 +183,13 @@ def draw_image(
             break
         if sizes is not None and attempt // 8 in done:
             continue
-        label = int(random.integers(len(CLASS_NAMES)))
+        label = int(random.integers(len(names)))
         if sizes is None:
             # Log-uniform: each octave of sizes is equally frequent.
             radius = 0.5 * math.exp(random.uniform(math.log(32), math.log(150)))
         else:
             radius = 0.5 * sizes[attempt // 8]
-        window, cover = _shape(random, CLASS_NAMES[label], radius, height, width)
+        window, cover = _shape(random, names[label], radius, height, width)
         hidden = [float((shape[window] * cover).sum()) for shape in visible]
         if any(
             shape.sum() - lost < _MIN_VISIBLE * area
@@ -228,7 +249,7 @@ def _shape(
     return (slice(top, bottom), slice(left, right)), cover
 
 
-def _background(random: np.random.Generator, height: int, width: int) -> np.ndarray:
+def _gradient(random: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Draws a gradient between two colors with stripes and noise: float `[height, width, 3]`."""
     first, second = random.uniform(30, 225, (2, 3))
     y, x = np.mgrid[:height, :width]
@@ -239,9 +260,23 @@ def _background(random: np.random.Generator, height: int, width: int) -> np.ndar
         period, turn = random.uniform(6, 40), random.uniform(0, math.pi)
         stripes = np.sin(2 * math.pi / period * (x * math.cos(turn) + y * math.sin(turn)))
         blend = blend + random.uniform(0.1, 0.4) * stripes
-    canvas = first + blend[..., None] * (second - first)
+    return _with_noise(random, first + blend[..., None] * (second - first))
+
+
+def _landscape(random: np.random.Generator, height: int, width: int, *, night: bool) -> np.ndarray:
+    """Draws sky and ground of two colors with noise, the sky darker by night."""
+    darker = random.uniform(30, 150, 3)
+    colors = [darker, darker + random.uniform(40, 80)]
+    horizon = round(height * random.uniform(0.4, 0.6))
+    canvas = np.empty((height, width, 3))
+    canvas[:horizon], canvas[horizon:] = colors if night else colors[::-1]
+    return _with_noise(random, canvas)
+
+
+def _with_noise(random: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    height, width = canvas.shape[:2]
     coarse = random.normal(0, random.uniform(2, 20), (height // 8 + 1, width // 8 + 1, 3))
-    canvas += np.repeat(np.repeat(coarse, 8, axis=0), 8, axis=1)[:height, :width]
+    canvas = canvas + np.repeat(np.repeat(coarse, 8, axis=0), 8, axis=1)[:height, :width]
     canvas += random.normal(0, random.uniform(1, 12), (height, width, 1))
     return np.clip(canvas, 0, 255)
 

@@ -13,7 +13,10 @@ import tensorflow as tf
 MAX_PIXELS = 178_956_970
 
 _HEADER_BYTES = 64
-_MAX_GIF_BLOCKS = 100_000  # Of up to 255 bytes, through the end of the first frame.
+# Through the end of a GIF's first frame, a fraction of a second. Metadata in XMP takes the most, a
+# step per hundred bytes.
+_MAX_GIF_STEPS = 2000
+_GIF_BLOCKS_PER_STEP = 1024
 _BUCKET_MULTIPLE = 32  # The stride of P5, the coarsest level of the backbone.
 
 
@@ -145,8 +148,10 @@ def _read_other_size(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     png_size = tf.where(has(b"\0\0\0\rIHDR", 8), png_size, 0)
     # The decoder uses the size of the frames, not that of the canvas.
     gif_size = tf.stack([number(9, 8), number(7, 6)])
-    gif_frame = tf.cond(
-        is_gif, lambda: _first_gif_frame(image_bytes)[0], lambda: tf.zeros([4], tf.int64)
+    gif_frame, gif_data = tf.cond(
+        is_gif,
+        lambda: _first_gif_frame(image_bytes, whole=False),
+        lambda: (tf.zeros([4], tf.int64), tf.constant(0, tf.int64)),
     )
     # The height of a BMP is negative if its rows are stored top to bottom.
     bmp_height = number(25, 24, 23, 22)
@@ -211,6 +216,10 @@ def _read_other_size(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             ~(is_png | is_gif | is_bmp | is_webp),
             "not a JPEG, PNG, GIF, BMP or WebP file",
         ),
+        (
+            is_gif & (gif_data < 0),
+            f"unsupported GIF: over {_MAX_GIF_STEPS} blocks before the first frame",
+        ),
         (tf.strings.length(image_bytes) == 0, "empty file"),
     ):
         problem = tf.where(is_problem, text, problem)
@@ -228,8 +237,8 @@ def _decode_other_image(image_bytes: tf.Tensor) -> tf.Tensor:
 
     def decode_gif() -> tf.Tensor:
         # TensorFlow would decode all frames, so the file is cut after the first.
-        end = tf.cast(_first_gif_frame(image_bytes)[1], tf.int32)
-        first = tf.strings.substr(image_bytes, 0, end) + b";"
+        end = tf.maximum(_first_gif_frame(image_bytes, whole=True)[1], 0)
+        first = tf.strings.substr(image_bytes, tf.zeros_like(end), end) + b";"
         return _first_success(decode, first, failed)
 
     def decode_webp() -> tf.Tensor:
@@ -269,27 +278,33 @@ def _decode_bmp(content: tf.Tensor) -> tf.Tensor:
     return tf.cond(tf.shape(pixels)[-1] < 3, look_up, lambda: pixels[..., :3])
 
 
-def _first_gif_frame(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def _first_gif_frame(image_bytes: tf.Tensor, whole: bool) -> tuple[tf.Tensor, tf.Tensor]:
     """Finds the first frame of a GIF by parsing its blocks.
+
+    Args:
+        image_bytes: string scalar, the contents of the file.
+        whole: whether to find the frame's end, or its beginning only.
 
     Returns:
         `frame`: int64 `[4]`, top, left, height and width, zeros if there is none.
-        `end`: int64, the offset of the frame's end, 0 if the file ends before it.
+        `end`: int64, the offset of the frame's end, or of its data's beginning if `whole` is
+            false; 0 if the file ends before it, -1 if it is more than `_MAX_GIF_STEPS` away.
     """
     byte = tf.io.decode_raw(image_bytes, tf.uint8)
     length = tf.size(byte, tf.int64)
 
     def at(position: tf.Tensor) -> tf.Tensor:
-        """Returns the byte at a position, 0 past the end of the file."""
+        """Returns the bytes at some positions, 0 past the end of the file."""
         is_inside = position < length
         inside = tf.where(is_inside, position, 0)
-        return tf.where(is_inside, tf.cast(byte[inside], tf.int64), 0)
+        return tf.where(is_inside, tf.cast(tf.gather(byte, inside), tf.int64), 0)
 
     def table_size(flags: tf.Tensor) -> tf.Tensor:
         return tf.where(flags >= 128, 3 * 2 ** (flags % 8 + 1), 0)
 
     # The parser's states: before a block, in the data of an extension or frame, at the end.
     before, in_extension, in_frame, at_end = (tf.constant(n, tf.int64) for n in range(4))
+    goal = at_end if whole else in_frame
 
     def step(state: tf.Tensor, position: tf.Tensor, frame: tf.Tensor) -> tuple:
         value = at(position)
@@ -299,6 +314,10 @@ def _first_gif_frame(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         # Data is a sequence of length-prefixed blocks, terminated by one of length 0.
         is_last = ~is_before & tf.equal(value, 0)
         following = tf.where(tf.equal(state, in_frame), at_end, before)
+        # Encoders write blocks of one length, all of which are one step.
+        run = position + (1 + value) * tf.range(_GIF_BLOCKS_PER_STEP, dtype=tf.int64)
+        is_other = tf.concat([at(run) != value, [True]], axis=0)
+        blocks = tf.where(is_last, tf.ones_like(value), tf.argmax(is_other))
         return (
             tf.where(
                 is_extension,
@@ -311,22 +330,26 @@ def _first_gif_frame(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
                 tf.where(
                     is_frame,
                     position + 11 + table_size(at(position + 9)),
-                    tf.where(is_before, length, position + 1 + value),
+                    tf.where(is_before, length, position + blocks * (1 + value)),
                 ),
             ),
             tf.where(is_frame, position, frame),
         )
 
+    def is_on_the_way(state: tf.Tensor, position: tf.Tensor, frame: tf.Tensor) -> tf.Tensor:
+        return (state < goal) & (position < length)
+
     state, end, frame = tf.while_loop(
-        lambda state, position, frame: (state < at_end) & (position < length),
+        is_on_the_way,
         step,
         (before, 13 + table_size(at(tf.constant(10, tf.int64))), tf.constant(0, tf.int64)),
-        maximum_iterations=_MAX_GIF_BLOCKS,
+        maximum_iterations=_MAX_GIF_STEPS,
     )
     numbers = [at(frame + n) + 256 * at(frame + n + 1) for n in (3, 1, 7, 5)]
+    is_far = is_on_the_way(state, end, frame)
     return (
         tf.where(frame > 0, tf.stack(numbers), 0),
-        tf.where(tf.equal(state, at_end) & (end <= length), end, 0),
+        tf.where(tf.equal(state, goal) & (end <= length), end, -tf.cast(is_far, tf.int64)),
     )
 
 

@@ -140,7 +140,7 @@ def training_batches(
     def one_pass(key: tf.Tensor) -> tf.data.Dataset:
         """Groups of encoded records of one pass, each of one bucket; the last may be incomplete."""
         keys = tf.random.split(key, 3)
-        records = dataset.records(keys[0], shuffle_buffer)
+        records = dataset.records(keys[0], shuffle_buffer, not keep_empty_images)
         records = _map(records, augment(keys[1])).filter(is_trainable)
         # Incomplete groups are emitted in the order of their keys.
         order = tf.random.experimental.stateless_shuffle(tf.range(len(buckets)), seed=keys[2])
@@ -160,7 +160,7 @@ def training_batches(
         is_first = tf.cast(epoch == first_epoch, tf.int64)
         return groups.take(steps).skip(is_first * steps_before)
 
-    spare = _first_trainable(dataset, prepare, is_trainable, buckets)
+    spare = _first_trainable(dataset, prepare, is_trainable, buckets, not keep_empty_images)
     rows = batch_size // num_shards
 
     def decode(group: Record) -> tuple[Record, Record]:
@@ -414,6 +414,7 @@ def _first_trainable(
     prepare: Callable[..., Record],
     is_trainable: Callable[[Record], tf.Tensor],
     buckets: list[tuple[int, int]],
+    objects_only: bool,
 ) -> Record:
     """Returns the first trainable image of the split, in a size that fits every bucket.
 
@@ -422,7 +423,8 @@ def _first_trainable(
     """
     edge = min(itertools.chain(*buckets))
     records = _map(
-        dataset.records(), lambda record: prepare(record, tf.constant(False), edge, edge)
+        dataset.records(objects_only=objects_only),
+        lambda record: prepare(record, tf.constant(False), edge, edge),
     )
     for record in records.filter(is_trainable):
         if _is_whole(decode_image(record["image_bytes"]), record):

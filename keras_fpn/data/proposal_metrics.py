@@ -32,10 +32,11 @@ def proposal_evaluation(
         Each of `PROPOSAL_METRICS`, in 0..1, or -1 if there are no objects of that size.
 
     Raises:
-        ValueError: if a result belongs to an image that is not in `ground_truth`.
+        ValueError: if a proposal belongs to an image that is not in `ground_truth`.
     """
     if isinstance(results, Proposals):
-        check_known_images(ground_truth, results.image_ids.tolist())
+        has_any = np.diff(results.row_splits) > 0
+        check_known_images(ground_truth, results.image_ids[has_any].tolist())
         index = {image_id: i for i, image_id in enumerate(results.image_ids.tolist())}
     else:
         check_known_images(ground_truth, (result["image_id"] for result in results))

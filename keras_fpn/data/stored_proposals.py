@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_fpn.data.datasets import DetectionDataset, Record
+from keras_fpn.data.datasets import DetectionDataset, Record, read_json, shortened
 from keras_fpn.weights.checkpoints import MAX_GROWTH, PICKLE, read_checkpoint
 
 _EXPECTED = (
@@ -215,7 +215,7 @@ def read_proposals(path: str | os.PathLike) -> Proposals:
         beginning = file.read(512)
     is_json = re.match(rb"(?:\xef\xbb\xbf)?\s*[\[{]", beginning) is not None
     if is_json:
-        content = _read_json(path)
+        content = read_json(path)
     elif re.match(rb"PK\x03\x04|" + PICKLE, beginning):
         content = read_checkpoint(path)
     else:
@@ -229,16 +229,6 @@ def read_proposals(path: str | os.PathLike) -> Proposals:
         return _from_detectron(content, path.stat().st_size)
     except ValueError as error:
         raise ValueError(f"{str(path)!r} cannot be read as proposals: {error}") from None
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except RecursionError:
-        reason = "it is nested too deeply"
-    except ValueError as error:
-        reason = str(error)
-    raise ValueError(f"{str(path)!r} is not valid JSON: {reason}.")
 
 
 def _from_npz(content: dict) -> Proposals:
@@ -266,7 +256,7 @@ def _from_coco(content: Any) -> Proposals:
         except (KeyError, TypeError, ValueError, OverflowError):
             raise ValueError(
                 "A result must have an integer 'image_id', a 'bbox' [x, y, width, height] and a "
-                f"'score'; received {_shortened(result)} for number {row}."
+                f"'score'; received {shortened(result)} for number {row}."
             ) from None
         image_ids.append(image_id)
     ids = np.array(image_ids, "int64")
@@ -297,7 +287,7 @@ def _from_detectron(content: Any, size: int) -> Proposals:
     if not all(is_sequence):
         raise ValueError(
             f"It must have {', '.join(required)} with an entry for each image; received the names "
-            f"{_shortened(list(content))}."
+            f"{shortened(list(content))}."
         )
     ids, boxes, logits = values
     for array in (*boxes, *logits):
@@ -312,17 +302,12 @@ def _from_detectron(content: Any, size: int) -> Proposals:
     if not isinstance(mode, int | np.integer) or mode not in (0, 1):
         raise ValueError(
             f"`bbox_mode` must be 0 (xyxy) or 1 (xywh), in absolute pixels; received "
-            f"{_shortened(mode)}."
+            f"{shortened(mode)}."
         )
     if mode == 1:
         boxes = [_converted("boxes", of_image, "float64", (-1, 4)) for of_image in boxes]
         boxes = [np.concatenate([b[:, :2], b[:, :2] + b[:, 2:]], axis=1) for b in boxes]
     return Proposals.from_images(ids, boxes, logits)
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def write_proposals(
@@ -424,7 +409,10 @@ class _WithProposals(DetectionDataset):
     proposals: Proposals
 
     def records(
-        self, shuffle_seed: tf.Tensor | None = None, shuffle_buffer: int = 2048
+        self,
+        shuffle_seed: tf.Tensor | None = None,
+        shuffle_buffer: int = 2048,
+        objects_only: bool = False,
     ) -> tf.data.Dataset:
         ids, frames, starts, ends, boxes = self._tensors
 
@@ -435,7 +423,7 @@ class _WithProposals(DetectionDataset):
                 "proposals_size": frames[index],
             }
 
-        records = self.dataset.records(shuffle_seed, shuffle_buffer)
+        records = self.dataset.records(shuffle_seed, shuffle_buffer, objects_only)
         return records.map(add, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
     @functools.cached_property

@@ -26,7 +26,10 @@ class TfdsDataset(DetectionDataset):
     builder: tfds.core.DatasetBuilder
 
     def records(
-        self, shuffle_seed: tf.Tensor | None = None, shuffle_buffer: int = 2048
+        self,
+        shuffle_seed: tf.Tensor | None = None,
+        shuffle_buffer: int = 2048,
+        objects_only: bool = False,
     ) -> tf.data.Dataset:
         # TFDS's own reader shuffles from a global state that restarts with each iterator, so it
         # cannot reproduce the order of a later epoch, as resuming a run requires.
@@ -59,7 +62,10 @@ class TfdsDataset(DetectionDataset):
                 deterministic=True,
             )
             examples = _shuffle(examples, shuffle_buffer, seeds[1])
-        return examples.map(self._parse, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        records = examples.map(self._parse, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        if objects_only:
+            records = records.filter(lambda record: tf.reduce_any(~record["is_crowd"]))
+        return records
 
     def _parse(self, position: tf.Tensor, serialized: tf.Tensor) -> Record:
         features = self.builder.info.features

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from keras_fpn.runs.command import StrategyName, exits_on_bad_input, parse
+from keras_fpn.runs.command import StrategyName, exits_on_bad_input, exits_on_os_error, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     from keras_fpn.data.stored_proposals import read_proposals, with_proposals, write_proposals
     from keras_fpn.runs.evaluation import Evaluation, check_same_classes
     from keras_fpn.runs.run_folder import evaluation_edges, load_detector
+    from keras_fpn.runs.run_state import write_text, writing
     from keras_fpn.runs.strategies import choose_strategy, worker_index
 
     with exits_on_bad_input():
@@ -95,14 +96,17 @@ def main(arguments: list[str] | None = None) -> None:
         return
     found = len(results.boxes) if evaluation.is_rpn else len(results)
     kind = "proposals" if evaluation.is_rpn else "detections"
-    print(f"{data.num_images} images of {dataset} ({data.split}), {found} {kind}")
+    evaluated = len(evaluation.ground_truth["images"])
+    print(f"{evaluated} images of {dataset} ({data.split}), {found} {kind}")
     of_classes = [] if evaluation.is_rpn else [f"AP/{name}" for name in data.class_names]
     for name in (*evaluation.metric_names, *of_classes):
         print(f"{name:24s} {metrics[name]:7.4f}" if metrics[name] >= 0 else f"{name:24s}       -")
     if not options.results:
         return
-    if evaluation.is_rpn:
-        sizes = {x["id"]: (x["height"], x["width"]) for x in evaluation.ground_truth["images"]}
-        write_proposals(options.results, results, sizes)
-    else:
-        options.results.write_text(json.dumps(results))
+    with exits_on_os_error():
+        if evaluation.is_rpn:
+            sizes = {x["id"]: (x["height"], x["width"]) for x in evaluation.ground_truth["images"]}
+            with writing(options.results):
+                write_proposals(options.results, results, sizes)
+        else:
+            write_text(options.results, json.dumps(results))

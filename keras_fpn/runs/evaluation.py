@@ -22,11 +22,13 @@ from keras_fpn.runs.strategies import (
     replicas_of_worker,
     worker_index,
 )
-from keras_fpn.validation import check_choice
+from keras_fpn.validation import check_choice, check_int
 
 
 class Evaluation:
     """Evaluates a model on every image of a split once, each worker on its share.
+
+    Images that cannot be decoded are left out of the ground truth, and are printed.
 
     Args:
         model: the model, created in the scope of its strategy.
@@ -40,6 +42,7 @@ class Evaluation:
     Attributes:
         metric_names: names of the metrics: COCO's of detections, or average recalls of proposals.
         best_metric: name of the metric that the best model has the largest of.
+        ground_truth: ground truth in COCO's format; after a run, that of the images in it.
 
     Raises:
         ValueError: if the model cannot be evaluated at several scales, or `merge` is unknown.
@@ -67,6 +70,7 @@ class Evaluation:
                 f"{type(model).__name__}."
             )
         self.strategy = model.distribute_strategy
+        batch_size = check_int("batch_size", batch_size)
         self.images_per_replica = max(1, batch_size // self.strategy.num_replicas_in_sync)
         # No more rows than needed: they take time, and their number decides how products of
         # matrices are rounded.
@@ -85,7 +89,7 @@ class Evaluation:
             )
             for edge in edges
         ]
-        self.ground_truth = dataset.coco_ground_truth()
+        self.ground_truth = self._of_split = dataset.coco_ground_truth()
 
         def on_replicas(inputs):
             return self.strategy.run(lambda x: model(x, training=False), args=(inputs,))
@@ -102,12 +106,33 @@ class Evaluation:
         images that cannot be read being none.
         """
         if self.is_rpn:
-            proposals = self._proposals()
+            proposals, evaluated = self._proposals()
+            self._leave_out_others(evaluated)
             metrics = proposal_evaluation(self.ground_truth, proposals)
             return CocoEvaluation(metrics, np.zeros((10, 101, 0))), proposals
-        found = [self._detections(batches) for batches in self.batches]
+        found, evaluated = zip(*map(self._detections, self.batches), strict=True)
         results = found[0] if len(found) == 1 else self._merged(found)
+        self._leave_out_others(evaluated[0])
         return coco_evaluation(self.ground_truth, results), results
+
+    def _leave_out_others(self, evaluated):
+        """Restricts the ground truth to these images, and prints which were skipped and why."""
+        ids = set(evaluated.tolist())
+        truth = dict(self._of_split)
+        truth["images"] = [x for x in truth["images"] if x["id"] in ids]
+        truth["annotations"] = [x for x in truth["annotations"] if x["image_id"] in ids]
+        self.ground_truth = truth
+        # Each worker knows its own; text is gathered as bytes.
+        skipped = "".join(f"{name} ({why})\0" for name, why in self.report.images().items())
+        codes = np.frombuffer(skipped.encode(), np.uint8).astype(np.int64)
+        codes = gather_from_workers(self.strategy, codes).astype(np.uint8)
+        skipped = sorted(codes.tobytes().decode().split("\0")[:-1])
+        if skipped and worker_index(self.strategy) == 0:
+            name = f"{self.dataset.name} ({self.dataset.split})"
+            print(
+                f"\n{name}: left out of the evaluation with their objects: {', '.join(skipped)}",
+                flush=True,
+            )
 
     def _outputs(self, batches):
         """Yields the outputs of each batch, with its inputs and its targets, as arrays."""
@@ -124,15 +149,12 @@ class Evaluation:
             ]
             outputs = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
             yield outputs, inputs["image_sizes"].numpy(), info
-        # Boxes skipped in the batches do not matter: the ground truth is read elsewhere.
-        if self.report.images():
-            names = ", ".join(f"{name} ({why})" for name, why in self.report.images().items())
-            name = f"{self.dataset.name} ({self.dataset.split})"
-            print(f"\n{name}: not evaluated: {names}", flush=True)
 
     def _detections(self, batches):
-        results = []
+        """Returns the detections in COCO's results format, and the ids of the images."""
+        results, evaluated = [], [np.zeros(0, np.int64)]
         for outputs, image_sizes, info in self._outputs(batches):
+            evaluated.append(info["image_ids"].numpy())
             results += coco_results(
                 outputs,
                 info["image_ids"].numpy(),
@@ -143,7 +165,7 @@ class Evaluation:
         ids = np.array([[x["image_id"], x["category_id"]] for x in results], np.int64)
         numbers = np.array([[*x["bbox"], x["score"]] for x in results], np.float64)
         ids, numbers = self._of_all_workers(ids.reshape(-1, 2), numbers.reshape(-1, 5))
-        return [
+        results = [
             {
                 "image_id": int(image_id),
                 "category_id": int(category_id),
@@ -154,8 +176,10 @@ class Evaluation:
                 ids.tolist(), numbers.tolist(), strict=True
             )
         ]
+        return results, gather_from_workers(self.strategy, np.concatenate(evaluated))
 
     def _proposals(self):
+        """Returns the proposals of all images of the split, and the ids of those evaluated."""
         # Of each image, its id and size; of each proposal, the id of its image, box and score.
         parts = [(np.zeros((0, 3), int), np.zeros((0, 1), int), np.zeros((0, 5), np.float32))]
         for outputs, image_sizes, info in self._outputs(self.batches[0]):
@@ -177,12 +201,13 @@ class Evaluation:
         starts = np.searchsorted(ids[:, 0], of_split)
         ends = np.searchsorted(ids[:, 0], of_split, side="right")
         found = [numbers[start:end] for start, end in zip(starts, ends, strict=True)]
-        return Proposals.from_images(
+        proposals = Proposals.from_images(
             of_split.tolist(),
             [rows[:, :4] for rows in found],
             [rows[:, 4] for rows in found],
             [frames.get(image_id, [0, 0]) for image_id in of_split.tolist()],
         )
+        return proposals, images[:, 0]
 
     def _merged(self, found):
         """Merges the detections of all scales, in COCO's results format."""

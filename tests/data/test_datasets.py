@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import pathlib
 import shutil
 
@@ -113,27 +114,27 @@ def test_the_order_is_a_function_of_the_seed_alone(coco_folder, plain, shapes_di
         ({"images": []}, ValueError, "0 images"),
         ({"images": [{"id": "one", "file_name": "a.png"}]}, ValueError, "'id' 'one'"),
         ({"images": [{"id": 1, "file_name": "a.png"}] * 2}, ValueError, "more than one image"),
-        ({"images": [{"id": 1, "file_name": "z.png"}]}, FileNotFoundError, r"1 of the 1 .* z\.png"),
+        ({"images": [{"id": 1, "file_name": "z.png"}]}, FileNotFoundError, r"1 of the 1 .*'z\.png"),
         ({"annotations": [{"id": 5, "image_id": 10}]}, ValueError, "annotation 5 .* 'category_id'"),
         (
             {"annotations": [{"id": 5, "image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4]}]},
             ValueError,
-            "annotation 5 .* image 11 ",
+            "annotation 5 .* 'image_id' 11;",
         ),
         (
             {"annotations": [{"id": 5, "image_id": 10, "category_id": 4, "bbox": [1, 2, 3, 4]}]},
             ValueError,
-            "annotation 5 .* category 4",
+            "annotation 5 .* 'category_id' 4;",
         ),
         (
             {"annotations": [{"id": 5, "image_id": 10, "category_id": 3, "bbox": [1, 2, 3]}]},
             ValueError,
-            r"bbox \[1, 2, 3\]",
+            r"'bbox' \[1, 2, 3\]",
         ),
         (
             {"annotations": [{"id": 5, "image_id": 10, "category_id": 3, "bbox": [1, 2, 3, "4"]}]},
             ValueError,
-            r"bbox \[1, 2, 3, '4'\]",
+            r"'bbox' \[1, 2, 3, '4'\]",
         ),
     ],
 )
@@ -147,6 +148,7 @@ def test_annotations_in_another_format_are_rejected(coco_folder, plain, changes,
     ("content", "message"),
     [
         ('{"images": [', "JSON"),
+        (100_000 * '{"images": [', "nested too deeply"),
         ("[1, 2]", "'images'.* list"),
         ('{"captions": []}', r"\['captions'\]"),
     ],
@@ -154,8 +156,106 @@ def test_annotations_in_another_format_are_rejected(coco_folder, plain, changes,
 def test_an_annotation_file_of_another_kind_is_rejected(coco_folder, plain, content, message):
     folder = coco_folder({"a.png": plain(1)})
     pathlib.Path(folder, "annotations", "instances_train.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"instances_train\.json .*{message}"):
+    with pytest.raises(ValueError, match=rf"instances_train\.json'? .*{message}"):
         load_dataset(folder, "train")
+
+
+VALID = {
+    "images": {"id": 10, "file_name": "a.png", "height": 40, "width": 60},
+    "annotations": {"id": 5, "image_id": 10, "category_id": 3, "bbox": [1, 2, 3, 4]},
+    "categories": {"id": 3, "name": "cat"},
+}
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "values"),
+    [
+        ("images", "id", [None, 1.5, True, "1", 2**63, -(2**63) - 1, HUGE]),
+        ("images", "file_name", [None, 3, ["a.png"], "/a.png", "../a.png", "b/../../a.png"]),
+        ("images", "file_name", ["\ud800.png"]),  # Half of a surrogate pair.
+        ("images", "height", ["40", -40, 40.5, True, math.nan, math.inf, 2**31, HUGE, [40]]),
+        ("images", "width", [-60, HUGE]),
+        ("annotations", "image_id", [None, True, "10", math.nan, 2**63, HUGE, [10], {}]),
+        ("annotations", "category_id", [None, True, "3", math.inf, -HUGE, [3]]),
+        ("annotations", "bbox", [None, 4, "1234", {}, [1, 2, 3, True], [1, 2, 3, None]]),
+        ("annotations", "bbox", [[1, 2, 3, HUGE], [1, 2, 3, [4]], [1, 2, 3, 4, 5]]),
+        ("annotations", "iscrowd", ["0", "1", 2, -1, 0.5, math.nan, HUGE, []]),
+        ("annotations", "area", ["12", -1, math.inf, 1e39, HUGE, False, [12]]),
+        ("categories", "id", [None, 1.5, False, "3", 2**63, HUGE]),
+        ("categories", "name", [None, 3, ["cat"], "\ud800"]),
+    ],
+)
+def test_a_value_that_a_field_cannot_have_is_named_with_its_file(
+    coco_folder, plain, where, key, values
+):
+    file = pathlib.Path(coco_folder({"a.png": plain(1)}), "annotations", "instances_train.json")
+    for value in values:
+        content = {name: [fields] for name, fields in VALID.items()}
+        content[where] = [VALID[where] | {key: value}]
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"{file.name} has '{key}' .*; expected ") as caught:
+            load_dataset(str(file.parents[1]), "train")
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("key", ["id", "name"])
+def test_what_must_be_unique_is_not_repeated(coco_folder, plain, key):
+    file = pathlib.Path(coco_folder({"a.png": plain(1)}), "annotations", "instances_train.json")
+    other = {"id": 6, "name": "dog"}
+    for where, what in (("annotations", "annotation"), ("categories", "category")):
+        if key in VALID[where]:
+            rows = [VALID[where], VALID[where] | {x: other[x] for x in other if x != key}]
+            file.write_text(json.dumps({name: [x] for name, x in VALID.items()} | {where: rows}))
+            message = rf"{file.name} has more than one {what} with {key} {VALID[where][key]!r}\."
+            with pytest.raises(ValueError, match=message):
+                load_dataset(str(file.parents[1]), "train")
+
+
+def test_optional_fields_may_be_null_or_of_another_number_type(coco_folder, plain):
+    nothing = {"iscrowd": None, "area": None}
+    objects = [
+        {"image_id": 10.0, "bbox": [1, 2, 3, 4], "iscrowd": False, "area": math.nan},
+        {"image_id": 20, "bbox": [1, 2, 3, 4], **nothing},
+    ]
+    images = [
+        {"id": 10, "file_name": "./a.png", "height": 40.0, "width": 60},
+        {"id": 20, "file_name": "b.png", "height": None, "width": 0},
+    ]
+    folder = coco_folder({"a.png": plain(1), "b.png": plain(2)}, objects, images=images)
+    truth = load_dataset(folder, "train").coco_ground_truth()
+    assert [(x["height"], x["width"]) for x in truth["images"]] == [(40, 60)] * 2
+    assert [(x["area"], x["iscrowd"]) for x in truth["annotations"]] == [(12, 0)] * 2
+
+
+def test_what_is_not_a_file_is_missing(coco_folder, plain):
+    names = ["link.png", "dangling.png", "loop.png", "folder.png", "pipe.png", 300 * "a", "a\0.png"]
+    names += ["", "a.png/"]
+    images = [{"id": i, "file_name": name} for i, name in enumerate(["a.png", *names])]
+    folder = coco_folder({"a.png": plain(1)}, images=images)
+    train = pathlib.Path(folder, "train")
+    (train / "link.png").symlink_to("a.png")
+    (train / "dangling.png").symlink_to("nowhere.png")
+    (train / "loop.png").symlink_to("loop.png")
+    (train / "folder.png").mkdir()
+    os.mkfifo(train / "pipe.png")
+    with pytest.raises(
+        FileNotFoundError, match=r"8 of the 10 .* 'dangling.png', 'loop.png', 'folder.png', \.\.\."
+    ):
+        load_dataset(folder, "train")
+
+
+def test_records_with_objects_alone_keep_their_order_and_read_no_other_file(coco_folder, plain):
+    objects = [{"image_id": i, "bbox": [1, 2, 3, 4], "iscrowd": int(i == 30)} for i in (20, 30, 50)]
+    folder = coco_folder({f"{i}.png": plain(i) for i in range(1, 7)}, objects)
+    dataset = load_dataset(folder, "train")
+    seed = tf.constant([1, 2])
+    whole = [record["image_id"] for record in read(dataset, seed)]
+    for i in (1, 3, 4, 6):
+        pathlib.Path(folder, "train", f"{i}.png").unlink()
+    found = [record["image_id"] for record in read(dataset, seed, 2048, True)]
+    assert found == [image_id for image_id in whole if image_id in (20, 50)]
+    assert [record["image_id"] for record in read(dataset, None, 2048, True)] == [20, 50]
 
 
 def test_a_folder_in_another_layout_is_rejected(coco_folder, plain, tmp_path):
@@ -256,6 +356,8 @@ def test_difficult_objects_of_voc_count_as_crowds(plain, tmp_path):
     assert sorted(r["image_id"] for r in records) == [0, 1]
     [record] = [r for r in records if len(r["labels"])]
     assert record["is_crowd"].tolist() == [False, True]
+    # The other image has no objects.
+    assert [r["image_id"] for r in read(dataset, None, 2048, True)] == [record["image_id"]]
     assert np.isnan(record["area"]).all()
     annotations = dataset.coco_ground_truth()["annotations"]
     assert [a["iscrowd"] for a in annotations] == [0, 1]

@@ -63,6 +63,7 @@ READABLE = {
     "bits.png": encode(SMOOTH.convert("1"), "PNG"),
     "interlaced.gif": encode(PALETTE, "GIF", interlace=1),
     "comment.gif": encode(PALETTE, "GIF", comment=b"made for a test" * 40),
+    "small_blocks.gif": GIF[:GIF_FRAME] + b"!\xfe" + b"\1a" * 5000 + b"\0" + GIF[GIF_FRAME:],
     "animated.gif": ANIMATED,
     "rgb.bmp": BMP,
     "top_down.bmp": replaced(
@@ -103,6 +104,11 @@ REJECTED = {
     "GIF bomb": (
         replaced(replaced(GIF, 6, b"\xff\xff\xff\xff"), GIF_FRAME, b",\0\0\0\0\xff\xff\xff\xff"),
         "claims 65535x65535 pixels",
+    ),
+    # The time to find the first frame is bounded.
+    "GIF of empty blocks": (
+        GIF[:GIF_FRAME] + b"!\xfe\0" * 1001 + GIF[GIF_FRAME:],
+        "unsupported GIF: over 2000 blocks before the first frame",
     ),
     "BMP bomb": (
         replaced(BMP, 18, struct.pack("<ii", 100_000, -100_000)),

@@ -140,4 +140,4 @@ def test_proposals_of_an_unknown_image_are_rejected():
     with pytest.raises(ValueError, match=r"`results`.*4711"):
         proposal_evaluation(truth, [results[0] | {"image_id": 4711}])
     with pytest.raises(ValueError, match=r"`results`.*4711"):
-        proposal_evaluation(truth, Proposals.from_images([4711], [[]], [[]]))
+        proposal_evaluation(truth, Proposals.from_images([4711], [[[0, 0, 1, 1]]], [[1]]))

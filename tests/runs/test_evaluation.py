@@ -1,5 +1,7 @@
 """What the evaluation of a split collects, from one device or two, at one scale or several."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -7,8 +9,9 @@ import tensorflow as tf
 from data_sets import encode, write_coco_folder
 from small_detector import copy_stages, tiny_detector, tiny_fast_rcnn, tiny_rpn
 
+from keras_fpn.data.coco_metrics import coco_evaluation
 from keras_fpn.data.datasets import load_dataset
-from keras_fpn.data.proposal_metrics import PROPOSAL_METRICS
+from keras_fpn.data.proposal_metrics import PROPOSAL_METRICS, proposal_evaluation
 from keras_fpn.data.stored_proposals import read_proposals, with_proposals, write_proposals
 from keras_fpn.image_pyramid import merge_scales
 from keras_fpn.runs.evaluation import Evaluation
@@ -121,6 +124,38 @@ def test_two_devices_find_what_one_does(proposals, rpn, dataset):
     for name in ("image_ids", "frames", "row_splits"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
+
+
+def part_of(dataset, first, end):
+    """The images of a split from `first` to `end`."""
+    splits = dataset.row_splits[first : end + 1]
+    of_images, of_objects = slice(first, end), slice(splits[0], splits[-1])
+    parts = {x: getattr(dataset, x)[of_images] for x in ("image_ids", "file_names", "sizes")}
+    for name in ("boxes", "labels", "is_crowd", "areas"):
+        parts[name] = getattr(dataset, name)[of_objects]
+    splits = splits - splits[0]
+    return dataclasses.replace(dataset, num_images=end - first, row_splits=splits, **parts)
+
+
+def test_objects_of_images_that_cannot_be_read_are_not_misses(
+    faster, rpn, dataset, proposals, capsys
+):
+    intact = part_of(dataset, 0, 3).coco_ground_truth()
+    evaluation = Evaluation(faster, dataset, 4, **EDGES)
+    capsys.readouterr()
+    (metrics, _), found = evaluation.run()
+    assert "broken.png (not a JPEG" in capsys.readouterr().out
+    assert metrics == coco_evaluation(intact, found).metrics
+    assert metrics != coco_evaluation(dataset.coco_ground_truth(), found).metrics
+    assert evaluation.ground_truth == intact
+    assert proposals[0] == proposal_evaluation(intact, proposals[1])
+    assert proposals[0] != proposal_evaluation(dataset.coco_ground_truth(), proposals[1])
+
+
+def test_a_split_without_a_readable_image_has_no_metrics(faster, dataset):
+    (metrics, _), found = Evaluation(faster, part_of(dataset, 3, 4), 4, **EDGES).run()
+    assert found == []
+    assert set(metrics.values()) == {-1}
 
 
 def of_image(results, image_id):
