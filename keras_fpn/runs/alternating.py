@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keras_fpn.runs.command import exits_on_bad_input
+from keras_fpn.runs.command import exits_on_bad_input, exits_on_os_error
 from keras_fpn.runs.options import read_arguments
 from keras_fpn.runs.recipes import BUILDERS, Recipe
 from keras_fpn.runs.train import Run, parse_arguments
@@ -80,9 +80,17 @@ def alternate(
         steps: number of steps to run; the detector is written after all four.
         num_proposals: as in `stored_proposals`.
     """
-    from keras_fpn.runs.run_folder import claim_run
+    from keras_fpn.runs.run_folder import claim_run, run_lock
     from keras_fpn.runs.strategies import choose_strategy, num_workers
-    from keras_fpn.runs.training import build_model, configuration_of, open_splits, train
+    from keras_fpn.runs.training import (
+        build_model,
+        checked_recipe,
+        configuration_of,
+        fingerprints,
+        images_at_start,
+        open_splits,
+        steps_per_epoch,
+    )
 
     with exits_on_bad_input():
         strategy = choose_strategy(options.strategy)
@@ -91,18 +99,39 @@ def alternate(
                 f"keras-fpn alternating runs on one machine; received {num_workers(strategy)} "
                 "workers."
             )
-        train_data, _ = open_splits(options, "faster_rcnn")
+        train_data, validation_data = open_splits(options, "faster_rcnn")
+        for given in (recipe, rpn or recipe):
+            given = checked_recipe(given, strategy.num_replicas_in_sync, options.jit_compile)
+            steps_per_epoch(given, images_at_start(options, train_data))
         # A wrong argument of the last step's model is found before the first step.
         with strategy.scope():
             model = build_model(recipe, train_data.class_names)
         configuration = configuration_of(options, recipe, train_data, model)
+        configuration["data"] = fingerprints(train_data, validation_data)
         if rpn is not None:
             configuration["rpn_recipe"] = dataclasses.asdict(rpn)
-        claim_run(options.output, configuration)
+    with exits_on_os_error(), run_lock(options.output):
+        with exits_on_bad_input():
+            claim_run(options.output, configuration, options.allow_changed_data)
+        _run_steps(options, recipe, rpn or recipe, STEPS[:steps], num_proposals)
+        if steps == len(STEPS):
+            _write_detector(model, options, recipe)
+
+
+def _run_steps(
+    options: Run,
+    recipe: Recipe,
+    rpn: Recipe,
+    steps: Sequence[tuple],
+    num_proposals: Sequence[int] | None,
+) -> None:
+    """Trains those of the steps that are not complete."""
+    from keras_fpn.runs.training import train
+
     rpn_folder = options.output
-    for folder, detector, begins_with in STEPS[:steps]:
+    for folder, detector, begins_with in steps:
         weights = None if begins_with is None else best_model(options.output / begins_with)
-        of_step = recipe_of_step(rpn if rpn and detector == "rpn" else recipe, detector, weights)
+        of_step = recipe_of_step(rpn if detector == "rpn" else recipe, detector, weights)
         run = dataclasses.replace(options, output=options.output / folder, config=None)
         if detector == "rpn":
             rpn_folder = run.output
@@ -116,8 +145,6 @@ def alternate(
             # Step 3 trains it.
             warnings.filterwarnings("ignore", message=".*has no weights of rpn_head")
             train(run, of_step)
-    if steps == len(STEPS):
-        _write_detector(model, options, recipe)
 
 
 def recipe_of_step(recipe: Recipe, detector: str, weights: Path | None) -> Recipe:
@@ -159,6 +186,7 @@ def stored_proposals(
     from keras_fpn.data.stored_proposals import write_proposals
     from keras_fpn.runs.evaluation import Evaluation
     from keras_fpn.runs.run_folder import load_detector
+    from keras_fpn.runs.run_state import writing
     from keras_fpn.runs.strategies import choose_strategy
 
     files = (rpn_folder / "proposals-training.npz", rpn_folder / "proposals-validation.npz")
@@ -183,7 +211,9 @@ def stored_proposals(
             longest_edge=recipe.longest_edge,
         )
         print(f"Writing the proposals for {split} to {file}", flush=True)
-        write_proposals(file, evaluation.run()[1])
+        proposals = evaluation.run()[1]
+        with writing(file):
+            write_proposals(file, proposals)
     return files
 
 

@@ -24,7 +24,14 @@ from keras_fpn.data.stored_proposals import Proposals
 from keras_fpn.runs.evaluation import Evaluation, format_metrics, report_skipped
 from keras_fpn.runs.pictures import detections_beside_truth
 from keras_fpn.runs.recipes import Recipe
-from keras_fpn.runs.run_state import RunState, write_checkpoint, write_model, write_text
+from keras_fpn.runs.run_state import (
+    RunState,
+    unwritten,
+    write_bytes,
+    write_checkpoint,
+    write_model,
+    write_text,
+)
 from keras_fpn.runs.stop_signal import Interrupted, StopSignal
 from keras_fpn.runs.strategies import num_workers, sum_over_workers, worker_index
 
@@ -190,7 +197,7 @@ class StopOnNaN(RunCallback):
             arrays = {name: np.asarray(value) for name, value in {**inputs, **targets}.items()}
             content = io.BytesIO()
             np.savez_compressed(content, **arrays)
-            file.write_bytes(content.getvalue())
+            write_bytes(file, content.getvalue())
         raise FloatingPointError(
             f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} NaN or infinite at step "
             f"{step}, with the images of ids {ids}. The batch is saved to {file}; inspect it, or "
@@ -292,19 +299,20 @@ class WriteTensorBoard(RunCallback):
 
     def __init__(self, run: RunContext):
         super().__init__(run)
-        self.writer = tf.summary.create_file_writer(str(run.output / "logs"))
+        with self._writing():
+            self.writer = tf.summary.create_file_writer(str(run.output / "logs"))
         drawn = [image["id"] for image in run.evaluation.ground_truth["images"][:4]]
         self.images = run.evaluation.dataset.read_images(drawn)
 
     def on_step(self, logs):
         if self.run.state.steps % self.run.log_every:
             return
-        with self.writer.as_default(self.run.state.steps):
+        with self._writing(), self.writer.as_default(self.run.state.steps):
             for name, value in self.run.step.items():
                 tf.summary.scalar(f"train/{name}", value)
 
     def on_epoch_end(self, epoch, logs=None):
-        with self.writer.as_default(self.run.state.steps):
+        with self._writing(), self.writer.as_default(self.run.state.steps):
             for name, value in logs.items():
                 if name.startswith("val_"):
                     tf.summary.scalar(f"validation/{name.removeprefix('val_')}", value)
@@ -313,7 +321,15 @@ class WriteTensorBoard(RunCallback):
             # Not of an RPN: a thousand boxes show nothing.
             if "val_AP" in logs:
                 self._draw()
-        self.writer.flush()
+            self.writer.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises an OSError for TensorFlow's error about a file."""
+        try:
+            yield
+        except tf.errors.OpError as error:
+            raise unwritten(self.run.output / "logs", error) from error
 
     def _draw(self):
         evaluation = self.run.evaluation

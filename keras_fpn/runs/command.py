@@ -111,3 +111,12 @@ def exits_on_bad_input() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+
+
+@contextlib.contextmanager
+def exits_on_os_error() -> Iterator[None]:
+    """Exits with the sentence of an error of the operating system, such as a full disk."""
+    try:
+        yield
+    except OSError as error:
+        sys.exit(f"\nerror: {error}")

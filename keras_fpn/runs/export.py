@@ -27,6 +27,11 @@ class Options:
         precision: dtype of weights and features.
         frozen: store the weights as constants of the graph instead of variables.
         class_names: add the output detection_class_names.
+        errors_as_output: add the output error, for files that cannot be read, which otherwise fail
+            their whole request.
+        max_images: limit of the images in a request.
+        max_pixels: limit of the pixels of all images in a request, at 15 bytes each; by default
+            178,956,970, which is also the limit of one image.
         warm_up: add requests that warm the server up.
     """
 
@@ -37,6 +42,9 @@ class Options:
     precision: Literal["float32", "bfloat16"] = "float32"
     frozen: bool = False
     class_names: bool = False
+    errors_as_output: bool = False
+    max_images: int = 8
+    max_pixels: int | None = None
     warm_up: bool = True
 
 
@@ -60,6 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
             frozen=options.frozen,
             precision=options.precision,
             class_names=class_names,
+            errors_as_output=options.errors_as_output,
+            max_images=options.max_images,
+            max_pixels=options.max_pixels,
             warm_up=options.warm_up,
         )
     files = [path for path in options.output.rglob("*") if path.is_file()]

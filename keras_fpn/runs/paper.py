@@ -31,9 +31,10 @@ from typing import Any, Literal, NamedTuple
 from tyro.conf import Positional
 
 from keras_fpn.runs.alternating import STEPS, alternate, recipe_of_step, stored_proposals
-from keras_fpn.runs.command import StrategyName, exits_on_bad_input, parse
+from keras_fpn.runs.command import StrategyName, exits_on_bad_input, exits_on_os_error, parse
 from keras_fpn.runs.options import merge_model
-from keras_fpn.runs.recipes import RECIPES, Recipe
+from keras_fpn.runs.recipes import RECIPES, Recipe, check_recipe
+from keras_fpn.runs.run_lock import folder_lock
 from keras_fpn.runs.train import Run
 
 TABLES = {
@@ -169,6 +170,7 @@ class Options:
         validation_split: split to evaluate on.
         seed: seed of weights, data order, augmentation and samplers.
         strategy: devices to use, as in `keras-fpn train`.
+        allow_changed_data: as in `keras-fpn train`.
         verbose: 1 shows a progress bar, 2 one line per epoch, 0 neither.
     """
 
@@ -183,6 +185,7 @@ class Options:
     validation_split: str = "validation"
     seed: int = 0
     strategy: StrategyName = "auto"
+    allow_changed_data: bool = False
     verbose: Literal[0, 1, 2] = 2
 
 
@@ -191,16 +194,19 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(Options, arguments, "paper", __doc__)
     with exits_on_bad_input():
         rows = chosen_rows(options)
-        if options.dataset is None:
-            if options.scale == "full":
-                raise ValueError("--dataset is required at --scale full; received none.")
-            options = _with_drawn_shapes(options)
-    try:
         for row in rows:
-            _add_row(row, options)
-    finally:
-        # Also of an interrupted command.
-        write_pages(options.output)
+            check_recipe(recipe_of(row, options.scale, options.seed))
+        if options.dataset is None and options.scale == "full":
+            raise ValueError("--dataset is required at --scale full; received none.")
+    with exits_on_os_error(), folder_lock(options.output):
+        if options.dataset is None:
+            options = _with_drawn_shapes(options)
+        try:
+            for row in rows:
+                _add_row(row, options)
+        finally:
+            # Also of an interrupted command.
+            write_pages(options.output)
     print(f"The results are in {options.output / 'results.md'} and {options.output}/index.html.")
 
 
@@ -299,6 +305,7 @@ def run_row(row: Row, options: Options) -> Mapping[str, float]:
         validation_split=options.validation_split,
         strategy=options.strategy,
         jit_compile="auto",
+        allow_changed_data=options.allow_changed_data,
         verbose=options.verbose,
     )
     run.output.parent.mkdir(parents=True, exist_ok=True)

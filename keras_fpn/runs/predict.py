@@ -14,7 +14,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from keras_fpn.runs.command import exits_on_bad_input, parse
+from keras_fpn.runs.command import exits_on_bad_input, exits_on_os_error, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     from keras_fpn.data.image_files import read_image
     from keras_fpn.faster_rcnn import FasterRCNN
     from keras_fpn.runs.run_folder import claim_folder, evaluation_edges, load_detector
+    from keras_fpn.runs.run_state import write_text, writing
     from keras_fpn.serving.inference import detect
 
     with exits_on_bad_input():
@@ -85,9 +86,11 @@ def main(arguments: list[str] | None = None) -> None:
             picture = draw_detections(
                 image, found, configuration.get("class_names"), options.score_threshold
             )
-            picture.save(output / f"{number:04d}_{Path(name).stem}.png")
+            with exits_on_os_error(), writing(output):
+                picture.save(output / f"{number:04d}_{Path(name).stem}.png")
         progress.update(number)
-    (output / "detections.json").write_text(json.dumps(all_results, indent=1))
+    with exits_on_os_error():
+        write_text(output / "detections.json", json.dumps(all_results, indent=1))
     if skipped:
         noun = "image" if len(skipped) == 1 else "images"
         print(f"\nskipped {len(skipped)} {noun}: {', '.join(skipped)}")

@@ -1,10 +1,21 @@
 """Recipes: the hyperparameters of a training run. Every field is an option of `keras-fpn train`."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+import functools
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
+
+from keras_fpn.runs.options import read_arguments
+from keras_fpn.validation import (
+    check_choice,
+    check_fraction,
+    check_int,
+    check_non_negative,
+    check_positive,
+    did_you_mean,
+)
 
 # Name of a model to that of its builder.
 BUILDERS = {
@@ -74,6 +85,96 @@ class Recipe:
     checkpoint_steps: int = 1000
     keep_checkpoints: int = 3
     seed: int = 0
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Checks the type and the range of every field; values in `model` are checked by their stages.
+
+    Raises:
+        ValueError: for the first field that no run can have.
+    """
+    for name, check in _CHECKS.items():
+        check(name, getattr(recipe, name))
+
+
+def _check_model(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"`{name}` must be arguments by name; received {value!r}.")
+    known = {name for builder in BUILDERS.values() for name in read_arguments("builder", builder)}
+    for argument in value:
+        if argument not in known:
+            raise ValueError(
+                f"`{name}` must have arguments of {', '.join(BUILDERS.values())}; received "
+                f"{argument!r}{did_you_mean(argument, known)}"
+            )
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be true or false; received {value!r}.")
+
+
+def _check_name(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"`{name}` must be a list of names; received {value!r} in it.")
+
+
+def _check_average_decay(name: str, value: Any) -> None:
+    if not 0 < check_fraction(name, value) < 1:
+        raise ValueError(f"`{name}` must be between 0 and 1; received {value!r}.")
+
+
+def _optional(check: Callable) -> Callable:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _list_of(check: Callable, minimum: int = 0) -> Callable:
+    def check_list(name, values):
+        if not isinstance(values, (tuple, list)) or len(values) < minimum:
+            expected = "a list" if minimum == 0 else f"a list of at least {minimum}"
+            raise ValueError(f"`{name}` must be {expected}; received {values!r}.")
+        for value in values:
+            check(name, value)
+
+    return check_list
+
+
+def _choices_of(name: str) -> tuple[str, ...]:
+    return get_args(Recipe.__annotations__[name])
+
+
+# TensorFlow counts and seeds in int32.
+_check_count = functools.partial(check_int, maximum=2**31 - 1)
+_check_number = functools.partial(check_int, minimum=0, maximum=2**31 - 1)
+# A square image of this length takes 3.2 GB in float32.
+_check_edge = functools.partial(check_int, maximum=2**14)
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "model": _check_model,
+    "detector": functools.partial(check_choice, choices=BUILDERS),
+    "frozen": _list_of(_check_name),
+    "shorter_edges": _list_of(_check_edge, minimum=1),
+    "evaluation_shorter_edge": _check_edge,
+    "longest_edge": _check_edge,
+    "horizontal_flip": _check_bool,
+    "keep_empty_images": _check_bool,
+    "precision": functools.partial(check_choice, choices=_choices_of("precision")),
+    "batch_size": _optional(_check_count),
+    "epochs": _check_count,
+    "images_per_epoch": _optional(_check_count),
+    "learning_rate": check_positive,
+    "warmup_steps": _check_number,
+    "schedule": functools.partial(check_choice, choices=_choices_of("schedule")),
+    "decay_epochs": _list_of(_check_count),
+    "momentum": check_fraction,
+    "weight_decay": check_non_negative,
+    "clip_norm": _optional(check_positive),
+    "average_decay": _optional(_check_average_decay),
+    "evaluate_every": _check_count,
+    "checkpoint_steps": _check_count,
+    "keep_checkpoints": _check_count,
+    "seed": _check_number,
+}
 
 
 RECIPES = {

@@ -1,5 +1,6 @@
 """The folder of a training run: config.json, and checkpoints/best.keras and step-N.keras."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,14 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keras_fpn.runs.options import flatten
-from keras_fpn.runs.recipes import Recipe
+from keras_fpn.runs.recipes import Recipe, check_recipe
+from keras_fpn.runs.run_lock import LOCK_FILE, folder_lock
 from keras_fpn.runs.run_state import checkpoints, write_text
+from keras_fpn.validation import did_you_mean
 
 if TYPE_CHECKING:
     from keras_fpn.detector import Detector
 
 # Entries of config.json that record the environment, or follow from the others.
-_NOT_COMPARED = ("recipe", "versions", "data_dir", "stages")
+_NOT_COMPARED = ("recipe", "versions", "data_dir", "stages", "data")
+# Types of the entries that programs read.
+_KINDS = {
+    **dict.fromkeys(("dataset", "data_dir", "train_split", "validation_split"), str),
+    **dict.fromkeys(("proposals", "validation_proposals"), str),
+    **dict.fromkeys(("class_names", "category_ids"), list),
+    "data": dict,
+}
 
 
 def claim_folder(path: str | os.PathLike) -> Path:
@@ -23,36 +33,56 @@ def claim_folder(path: str | os.PathLike) -> Path:
     Raises:
         FileExistsError: if the path is a file, or a folder that is not empty.
     """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        holds = "holds another run" if (path / "config.json").exists() else "is not empty"
+    return _claim(Path(path), may_hold_run=False)
+
+
+def _claim(path: Path, may_hold_run: bool) -> Path:
+    # What a process leaves that is killed at its start counts as empty.
+    names = {*os.listdir(path)} - {LOCK_FILE, ".partial-config.json"} if path.is_dir() else set()
+    is_run = "config.json" in names
+    if (names and not (is_run and may_hold_run)) or (path.exists() and not path.is_dir()):
+        holds = "holds another run" if is_run else "is not empty"
         raise FileExistsError(f"--output must be a new or empty folder; {str(path)!r} {holds}.")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def claim_run(path: str | os.PathLike, configuration: dict) -> Path | None:
+def run_lock(path: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
+    """Creates the folder of a run, or opens it; the context manager holds its lock.
+
+    Raises:
+        FileExistsError: if the path is a file, or a folder of something else.
+        BlockingIOError: when it is entered, if another process holds the lock.
+    """
+    return folder_lock(_claim(Path(path), may_hold_run=True))
+
+
+def claim_run(
+    path: str | os.PathLike, configuration: dict, allow_changed_data: bool = False
+) -> Path | None:
     """Creates the folder of a run, or opens the one that the same command has created.
 
     Args:
-        path: path of the folder.
+        path: path of the folder, whose lock the caller holds.
         configuration: configuration of the run, which is written to config.json.
+        allow_changed_data: whether the data may be others than those that the run began with.
 
     Returns:
         The checkpoint to resume from, or None.
 
     Raises:
         FileExistsError: if the path is a file, or a folder of something else.
-        ValueError: if it is the folder of a run of another configuration.
+        ValueError: if it is the folder of a run of another configuration, or of other data.
     """
     path = Path(path)
     config_file = path / "config.json"
     if not config_file.exists():
-        (path / ".partial-config.json").unlink(missing_ok=True)
         claim_folder(path)
         write_text(config_file, json.dumps(configuration, indent=2) + "\n")
-    theirs = _compared(read_configuration(config_file))
-    ours = _compared(json.loads(json.dumps(configuration)))
+    theirs, ours = read_configuration(config_file), json.loads(json.dumps(configuration))
+    if not allow_changed_data:
+        _check_same_data(path, theirs.get("data") or {}, ours.get("data") or {})
+    theirs, ours = _compared(theirs), _compared(ours)
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
             raise ValueError(
@@ -64,6 +94,20 @@ def claim_run(path: str | os.PathLike, configuration: dict) -> Path | None:
     for partial in [*path.glob(".partial-*"), *(path / "checkpoints").glob(".partial-*")]:
         partial.unlink()
     return (checkpoints(path / "checkpoints") or [None])[-1]
+
+
+def _check_same_data(path: Path, theirs: dict, ours: dict) -> None:
+    """Checks the fingerprints of splits by name; an earlier version stored none."""
+    for split in theirs.keys() & ours.keys():
+        if theirs[split] != ours[split]:
+            before, now = (
+                f"{x['images']} images ({x['digest'][:8]})" for x in (theirs[split], ours[split])
+            )
+            raise ValueError(
+                f"The data of the run in {str(path)!r} have changed: its {split} split had "
+                f"{before} and has {now}. Restore them, give another --output, or go on all the "
+                "same with --allow-changed-data."
+            )
 
 
 def _compared(configuration: dict) -> dict:
@@ -83,24 +127,49 @@ def read_configuration(file: str | os.PathLike) -> dict:
         ValueError: if it is not the configuration of a run.
     """
     try:
-        configuration = json.loads(Path(file).read_text())
+        configuration = json.loads(Path(file).read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"Expected a run's config.json; {str(file)!r} not found.") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is not valid JSON: {error}.") from error
     if not isinstance(configuration, dict) or not isinstance(configuration.get("recipe"), dict):
         raise ValueError(f"{str(file)!r} is not a run's config.json: it has no 'recipe'.")
-    known = {field.name for field in dataclasses.fields(Recipe)}
-    for name in configuration["recipe"]:
-        if name not in known:
-            raise ValueError(f"The recipe in {str(file)!r} has an unknown entry {name!r}.")
+    for name, kind in _KINDS.items():
+        value = configuration.get(name)
+        if not isinstance(value, kind | None):
+            raise ValueError(
+                f"{str(file)!r} must have a {kind.__name__} as {name!r}; received {value!r}."
+            )
+    for split, found in (configuration.get("data") or {}).items():
+        kinds = (
+            {name: type(value) for name, value in found.items()} if isinstance(found, dict) else {}
+        )
+        if kinds != {"images": int, "digest": str}:
+            raise ValueError(
+                f"'data' in {str(file)!r} must be 'images' and 'digest' of each split; received "
+                f"{found!r} for {split!r}."
+            )
+    try:
+        recipe_in(configuration)
+    except ValueError as error:
+        raise ValueError(f"The recipe in {str(file)!r} cannot be used: {error}") from error
     return configuration
 
 
 def recipe_in(configuration: dict) -> Recipe:
-    """Returns the recipe of a run's configuration."""
-    entries = configuration["recipe"].items()
-    return Recipe(**{n: tuple(x) if isinstance(x, list) else x for n, x in entries})
+    """Returns the recipe of a run's configuration.
+
+    Raises:
+        ValueError: if it has an unknown entry; further as in `check_recipe`.
+    """
+    entries = configuration["recipe"]
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    for name in entries:
+        if name not in known:
+            raise ValueError(f"unknown entry {name!r}{did_you_mean(name, known)}")
+    recipe = Recipe(**{n: tuple(x) if isinstance(x, list) else x for n, x in entries.items()})
+    check_recipe(recipe)
+    return recipe
 
 
 def load_detector(path: str | os.PathLike) -> tuple["Detector", dict]:

@@ -9,14 +9,20 @@ import re
 import tempfile
 import warnings
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from keras_fpn.validation import check_int
 
 if TYPE_CHECKING:
     import keras
 
 _STATE_FILE = "training_state.json"
 _CHECKPOINT = re.compile(r"step-(\d+)\.keras")
+# What reading a damaged archive raises; a RecursionError is a RuntimeError.
+_DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, KeyError, TypeError)
 
 
 @dataclasses.dataclass
@@ -43,6 +49,23 @@ class RunState:
     curves: list[dict] = dataclasses.field(default_factory=list)
     means: list[float] = dataclasses.field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        check_int("steps", self.steps, minimum=0)
+        check_int("epochs", self.epochs, minimum=0, maximum=self.steps)
+        if not _is_number(self.best_score):
+            raise ValueError(f"`best_score` must be a number; received {self.best_score!r}.")
+        for name in ("history", "curves"):
+            rows = getattr(self, name)
+            is_table = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+            if not is_table or not all(_is_number(x) for row in rows for x in row.values()):
+                raise ValueError(f"`{name}` must be a list of numbers by name; received others.")
+        if not isinstance(self.means, list) or not all(map(_is_number, self.means)):
+            raise ValueError(f"`means` must be a list of numbers; received {self.means!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
 
 def checkpoint_file(folder: Path, steps: int) -> Path:
     """Returns the path of the checkpoint after a number of steps."""
@@ -61,7 +84,9 @@ def write_checkpoint(
     """
     if not is_writer:
         with tempfile.TemporaryDirectory() as unused:
-            model.save(Path(unused) / "unused.keras")
+            file = Path(unused) / "unused.keras"
+            with writing(file):
+                model.save(file)
         return
     write_model(model, checkpoint_file(folder, state.steps), state)
     for old in checkpoints(folder)[:-keep]:
@@ -91,9 +116,18 @@ def write_text(file: Path, text: str) -> None:
     Raises:
         OSError: if it cannot be written; an earlier file is left as it is.
     """
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Writes a file atomically.
+
+    Raises:
+        OSError: if it cannot be written; an earlier file is left as it is.
+    """
     partial = file.with_name(f".partial-{file.name}")
     try:
-        partial.write_text(text)
+        partial.write_bytes(content)
         _move_into_place(partial, file)
     except OSError as error:
         _raise_unwritten(error, partial, file)
@@ -114,14 +148,31 @@ def _move_into_place(partial: Path, file: Path) -> None:
 def _raise_unwritten(error: OSError, partial: Path, file: Path) -> None:
     with contextlib.suppress(OSError):
         partial.unlink()
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    raise unwritten(file, error) from error
+
+
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Raises the error of `unwritten` for one of the operating system."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritten(file, error) from error
+
+
+def unwritten(file: Path, error: Exception) -> OSError:
+    """Returns the error of a file that cannot be written, which says what to do.
+
+    Args:
+        file: the file, or the folder of several.
+        error: the reason, an error of the operating system, HDF5 or TensorFlow.
+    """
+    text = str(error)
+    if any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT)):
         reason = "the disk is full; free some space"
     else:
-        reason = f"{error.strerror or error}; fix this"
-    raise OSError(
-        f"{file} could not be written: {reason} and rerun the same command to resume from the last "
-        "checkpoint."
-    ) from error
+        reason = f"{getattr(error, 'strerror', None) or text.splitlines()[0]}; fix this"
+    return OSError(f"{file} could not be written: {reason} and rerun the same command.")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -144,7 +195,9 @@ def read_checkpoint(model: "keras.Model", file: Path) -> RunState:
             if damaged is not None:
                 raise ValueError(f"bad checksum of {damaged}")
             state = RunState(**json.loads(archive.read(_STATE_FILE)))
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError) as error:
+        if checkpoint_file(file.parent, state.steps) != file:
+            raise ValueError(f"it is of step {state.steps}")
+    except _DAMAGES as error:
         raise ValueError(
             f"Checkpoint {file} cannot be read ({error}); move it away and rerun the same command "
             f"to {resume}."

@@ -124,6 +124,34 @@ def gather_from_workers(strategy: tf.distribute.Strategy, array: np.ndarray) -> 
     return sum_over_workers(strategy, rows)[:-1]
 
 
+def on_first_worker(
+    strategy: tf.distribute.Strategy, function: Callable[[], int], refusal: str
+) -> int:
+    """Returns on every worker what a function returns on worker 0; every worker must call it.
+
+    Args:
+        strategy: the strategy.
+        function: called by worker 0 alone; returns an integer.
+        refusal: what the other workers raise if it fails.
+
+    Raises:
+        ValueError: on worker 0 its own error, on the others `refusal`.
+        OSError: on worker 0.
+    """
+    answer, error = 0, None
+    if worker_index(strategy) == 0:
+        try:
+            answer = function()
+        except (ValueError, OSError) as raised:
+            error = raised
+    has_failed, answer = sum_over_workers(strategy, np.array([error is not None, answer], np.int64))
+    if error is not None:
+        raise error
+    if has_failed:
+        raise ValueError(refusal)
+    return int(answer)
+
+
 def sum_over_workers(strategy: tf.distribute.Strategy, array: np.ndarray) -> np.ndarray:
     """Sums the workers' arrays, of the same shape and not empty, on each of them."""
     if num_workers(strategy) == 1:

@@ -29,7 +29,7 @@ from keras_fpn.runs.options import (
     model_options,
     read_arguments,
 )
-from keras_fpn.runs.recipes import BUILDERS, RECIPES, Recipe
+from keras_fpn.runs.recipes import BUILDERS, RECIPES, Recipe, check_recipe
 from keras_fpn.runs.run_folder import read_configuration, recipe_in
 
 SPLITS = ("train_split", "validation_split", "proposals", "validation_proposals")
@@ -53,6 +53,7 @@ class Run:
         validation_proposals: the same for the validation split.
         strategy: devices to use; auto takes all GPUs, of all workers named by TF_CONFIG or Slurm.
         jit_compile: compile with XLA.
+        allow_changed_data: resume although the data set is another than the run began with.
         verbose: 1 shows a progress bar, 2 one line per epoch, 0 neither.
     """
 
@@ -68,6 +69,7 @@ class Run:
     validation_proposals: Path | None = None
     strategy: StrategyName = "auto"
     jit_compile: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: on one GPU)")] = False
+    allow_changed_data: bool = False
     verbose: Literal[0, 1, 2] = 1
 
 
@@ -94,7 +96,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Any, Recipe]:
     if chosen.config is not None:
         with exits_on_bad_input():
             configuration = read_configuration(chosen.config)
-        recipe = recipe_in(configuration)
+            recipe = recipe_in(configuration)
         names = ("dataset", "data_dir", *SPLITS)
         data = {name: configuration[name] for name in names if name in configuration}
         for name in ("proposals", "validation_proposals"):
@@ -122,6 +124,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Any, Recipe]:
         stage, _, last = name.rpartition(".")
         given[name] = getattr(getattr(parsed.stages, stage) if stage else parsed.model, last)
     run = parsed.run
+    recipe = dataclasses.replace(parsed.recipe, model=merge_model(recipe.model, given))
+    with exits_on_bad_input():
+        check_recipe(recipe)
     if not given_options(arguments, ["jit_compile"]):
         run = dataclasses.replace(run, jit_compile="auto")
-    return run, dataclasses.replace(parsed.recipe, model=merge_model(recipe.model, given))
+    return run, recipe

@@ -17,6 +17,7 @@ import tensorflow as tf
 
 import keras_fpn
 from keras_fpn.data.datasets import DetectionDataset, load_dataset
+from keras_fpn.data.fingerprint import fingerprint
 from keras_fpn.data.pipeline import training_batches
 from keras_fpn.data.skip_report import SkipReport
 from keras_fpn.data.stored_proposals import read_proposals, with_proposals
@@ -26,28 +27,33 @@ from keras_fpn.runs.callbacks import RunContext, averaged_weights, run_callbacks
 from keras_fpn.runs.command import exits_on_bad_input
 from keras_fpn.runs.evaluation import Evaluation, check_same_classes
 from keras_fpn.runs.options import read_arguments
-from keras_fpn.runs.recipes import BUILDERS, Recipe
+from keras_fpn.runs.recipes import BUILDERS, Recipe, check_recipe
 from keras_fpn.runs.report import write_report
-from keras_fpn.runs.run_folder import claim_run
+from keras_fpn.runs.run_folder import claim_run, read_configuration, run_lock
 from keras_fpn.runs.run_state import RunState, checkpoint_file, checkpoints, read_checkpoint
 from keras_fpn.runs.stop_signal import Interrupted
 from keras_fpn.runs.strategies import (
     choose_strategy,
-    gather_from_workers,
     num_workers,
+    on_first_worker,
     sum_over_workers,
-    worker_index,
 )
 from keras_fpn.runs.train import Run
 
 
 def train(options: Run, recipe: Recipe) -> None:
     """Trains, or resumes training, and writes the report."""
+    with contextlib.ExitStack() as lock:
+        _train(options, recipe, lock)
+
+
+def _train(options: Run, recipe: Recipe, lock: contextlib.ExitStack) -> None:
+    """Trains as `train` does, and enters the lock of the run's folder into a stack."""
     with exits_on_bad_input():
         strategy = choose_strategy(options.strategy)
         recipe = checked_recipe(recipe, strategy.num_replicas_in_sync, options.jit_compile)
         train_data, validation_data = open_splits(options, recipe.detector)
-        steps = steps_per_epoch(recipe, train_data)
+        steps = steps_per_epoch(recipe, images_at_start(options, train_data))
         with strategy.scope():
             model = build_model(recipe, train_data.class_names)
     # An error in here is a bug, not bad input.
@@ -55,6 +61,7 @@ def train(options: Run, recipe: Recipe) -> None:
         model.compile(build_optimizer(recipe, steps), jit_compile=options.jit_compile)
         model.optimizer.build(model.trainable_variables)
     configuration = configuration_of(options, recipe, train_data, model)
+    configuration["data"] = fingerprints(train_data, validation_data)
     edges = {"shorter_edge": recipe.evaluation_shorter_edge, "longest_edge": recipe.longest_edge}
     skipped = SkipReport()
     batches = functools.partial(
@@ -70,7 +77,14 @@ def train(options: Run, recipe: Recipe) -> None:
     )
     with exits_on_bad_input():
         evaluation = Evaluation(model, validation_data, recipe.batch_size, **edges)
-        state = resume(model, options.output, configuration)
+        lock_on_first_worker(strategy, options.output, lock)
+        state = resume(model, options.output, configuration, options.allow_changed_data)
+        if not 0 <= state.steps - state.epochs * steps <= steps:
+            raise ValueError(
+                f"The run in {str(options.output)!r} has taken {state.steps} steps in "
+                f"{state.epochs} epochs, which does not fit epochs of {steps} steps; are its data "
+                "those that it began with?"
+            )
         data = on_replicas(strategy, recipe.batch_size, state.steps, batches)
     run = RunContext(options.output, model, recipe, steps, batches, skipped, evaluation, state)
     steps_before, started = state.steps, time.time()
@@ -89,21 +103,22 @@ def train(options: Run, recipe: Recipe) -> None:
         print(f"The run in {options.output} is complete; see {options.output / 'report.html'}.")
         return
     else:
-        with averaged_weights(model):
+        with exits_on_failure(run), averaged_weights(model):
             run.evaluate()
     if run.is_writer:
-        page = write_report(
-            options.output,
-            title=f"{options.dataset}, {model.backbone.name}",
-            configuration=configuration,
-            steps=state.curves,
-            history=state.history,
-            evaluation=run.scores,
-            ground_truth=evaluation.ground_truth,
-            results=None if evaluation.is_rpn else run.results,
-            metric_names=evaluation.metric_names,
-            read_images=validation_data.read_images,
-        )
+        with exits_on_failure(run):
+            page = write_report(
+                options.output,
+                title=f"{options.dataset}, {model.backbone.name}",
+                configuration=configuration,
+                steps=state.curves,
+                history=state.history,
+                evaluation=run.scores,
+                ground_truth=evaluation.ground_truth,
+                results=None if evaluation.is_rpn else run.results,
+                metric_names=evaluation.metric_names,
+                read_images=validation_data.read_images,
+            )
         print(
             f"Trained {state.steps - steps_before} steps in {time.time() - started:.0f} s, "
             f"including evaluation; see {page}."
@@ -114,28 +129,19 @@ def train(options: Run, recipe: Recipe) -> None:
 
 
 def checked_recipe(recipe: Recipe, replicas: int, jit_compile: bool | str) -> Recipe:
-    """Checks the numbers of a recipe, and resolves its batch size.
+    """Checks a recipe, and resolves its batch size.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: as in `check_recipe`, or if it does not fit the number of replicas.
     """
+    check_recipe(recipe)
     if recipe.batch_size is None:
         recipe = dataclasses.replace(recipe, batch_size=2 * replicas)
-    if recipe.batch_size < 1 or recipe.batch_size % replicas:
+    if recipe.batch_size % replicas:
         raise ValueError(
             f"--batch-size must be a multiple of the {replicas} replicas; received "
             f"{recipe.batch_size}."
         )
-    for name in ("epochs", "evaluate_every", "checkpoint_steps", "keep_checkpoints"):
-        if getattr(recipe, name) < 1:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} must be at least 1; received {getattr(recipe, name)}.")
-    if recipe.average_decay is not None and not 0 < recipe.average_decay < 1:
-        raise ValueError(
-            f"--average-decay must be between 0 and 1; received {recipe.average_decay}."
-        )
-    if recipe.clip_norm is not None and not recipe.clip_norm > 0:
-        raise ValueError(f"--clip-norm must be above 0; received {recipe.clip_norm}.")
     if jit_compile is True and replicas > 1:
         raise ValueError(f"--jit-compile works with one replica; received {replicas}.")
     return recipe
@@ -167,13 +173,34 @@ def open_splits(options: Run, detector: str) -> tuple[DetectionDataset, Detectio
     return train_data, validation_data
 
 
-def steps_per_epoch(recipe: Recipe, data: DetectionDataset) -> int:
-    """Returns the number of steps per epoch.
+def fingerprints(train_data: DetectionDataset, validation_data: DetectionDataset) -> dict:
+    """Returns the fingerprints of both splits, as config.json has them."""
+    return {"training": fingerprint(train_data), "validation": fingerprint(validation_data)}
+
+
+def images_at_start(options: Run, data: DetectionDataset) -> int:
+    """Returns the number of training images that the run began with.
+
+    Only with --allow-changed-data it may be another than that of the data: epochs and schedule
+    remain those of the run.
+
+    Raises:
+        ValueError: if the run's config.json is damaged.
+    """
+    file = options.output / "config.json"
+    if options.allow_changed_data and file.exists():
+        data_at_start = read_configuration(file).get("data") or {}
+        return data_at_start.get("training", {}).get("images", data.num_images)
+    return data.num_images
+
+
+def steps_per_epoch(recipe: Recipe, num_images: int) -> int:
+    """Returns the number of steps per epoch, on a split of a number of images.
 
     Raises:
         ValueError: if an epoch has less than one batch.
     """
-    images = recipe.images_per_epoch or data.num_images
+    images = recipe.images_per_epoch or num_images
     if images < recipe.batch_size:
         raise ValueError(
             f"--batch-size must be at most the {images} images per epoch; received "
@@ -257,29 +284,46 @@ def configuration_of(options: Run, recipe: Recipe, data: DetectionDataset, model
     }
 
 
-def resume(model: Detector, output: Path, configuration: dict) -> RunState:
+def lock_on_first_worker(
+    strategy: tf.distribute.Strategy, output: Path, lock: contextlib.ExitStack
+) -> None:
+    """Worker 0, which writes the files, enters the lock of the output folder.
+
+    Raises:
+        ValueError: on the other workers, if it cannot.
+        OSError: if the folder cannot be used, or another process holds its lock.
+    """
+
+    def enter() -> int:
+        lock.enter_context(run_lock(output))
+        return 0
+
+    on_first_worker(strategy, enter, _refusal(output))
+
+
+def _refusal(output: Path) -> str:
+    return f"Worker 0 refuses --output {str(output)!r}; see its own error."
+
+
+def resume(
+    model: Detector, output: Path, configuration: dict, allow_changed_data: bool = False
+) -> RunState:
     """Claims the output folder, and loads its last checkpoint if there is one.
 
     Worker 0 tells the others which checkpoint it found.
 
     Raises:
-        ValueError: if the folder is of another run, or the checkpoint does not fit.
+        ValueError: if the folder is of another run or of other data, or the checkpoint does not
+            fit.
         OSError: if the folder cannot be used, or is not shared by all workers.
     """
-    strategy = model.distribute_strategy
-    refused, none = -2, -1
-    answer, error = refused, None
-    if worker_index(strategy) == 0:
-        try:
-            file = claim_run(output, configuration)
-            answer = none if file is None else int(file.stem.removeprefix("step-"))
-        except (ValueError, OSError) as raised:
-            error = raised
-    answer = int(gather_from_workers(strategy, np.array([answer], np.int64))[0])
-    if error is not None:
-        raise error
-    if answer == refused:
-        raise ValueError(f"Worker 0 refuses --output {str(output)!r}; see its own error.")
+    none = -1
+
+    def claim() -> int:
+        file = claim_run(output, configuration, allow_changed_data)
+        return none if file is None else int(file.stem.removeprefix("step-"))
+
+    answer = on_first_worker(model.distribute_strategy, claim, _refusal(output))
     if answer == none:
         return RunState()
     file = checkpoint_file(output / "checkpoints", answer)

@@ -1,6 +1,8 @@
 """Callbacks on a model that takes no steps; with steps, they are in test_programs.py."""
 
+import contextlib
 import json
+import resource
 import types
 
 import keras
@@ -16,6 +18,7 @@ from keras_fpn.runs.callbacks import (
     RunContext,
     SaveCheckpoints,
     StopOnNaN,
+    WriteTensorBoard,
     run_callbacks,
 )
 from keras_fpn.runs.recipes import Recipe
@@ -113,6 +116,36 @@ def test_a_nan_ends_the_run_unless_a_loss_scale_handles_it(run, optimizer, name,
         callback.on_train_batch_end(0, {"loss": 1.0})
     with np.load(run.output / "nan-step-3.npz") as saved:
         assert saved["image_ids"].tolist() == [41]
+
+
+@contextlib.contextmanager
+def no_file_grows():
+    """Files of this process cannot grow, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_named_while_tensorboards_file_is_made_and_written(run):
+    run.evaluation.ground_truth = {"images": []}
+    run.evaluation.dataset = types.SimpleNamespace(read_images=lambda ids: {})
+    with no_file_grows(), pytest.raises(OSError, match=r"logs could not be written: .*rerun"):
+        WriteTensorBoard(run)
+    callback = start(WriteTensorBoard(run), run.model)
+    run.state.steps, run.step = 5, {"loss": 1.0}
+    with no_file_grows(), pytest.raises(OSError, match=r"logs could not be written: .*rerun"):
+        callback.on_step({})
+
+
+def test_a_full_disk_is_named_while_the_batch_of_a_nan_is_saved(run):
+    batch = types.SimpleNamespace(take=lambda n: [({}, {"image_ids": np.array([41])})])
+    run.batches = lambda start_step: batch
+    run.step = {"box_loss": np.nan}
+    with no_file_grows(), pytest.raises(OSError, match=r"nan-step-3\.npz could not be written"):
+        start(StopOnNaN(run), run.model).on_step({})
 
 
 def test_a_train_step_of_its_own_may_report_no_losses(run):

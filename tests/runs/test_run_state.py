@@ -1,6 +1,8 @@
 """Checkpoints are complete or absent, and restore all that a run needs."""
 
 import errno
+import shutil
+import zipfile
 
 import keras
 import numpy as np
@@ -11,6 +13,7 @@ from keras_fpn.runs.run_state import (
     checkpoints,
     read_checkpoint,
     write_checkpoint,
+    write_model,
     write_text,
 )
 
@@ -102,6 +105,35 @@ def test_a_damaged_checkpoint_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"resume from .*step-00000001\.keras"):
         read_checkpoint(model, last)
     assert read_checkpoint(model, first).steps == 1
+
+
+NONSENSE = [
+    b"[" * 100_000,
+    b"\xff",
+    b"[]",
+    b"{}",  # Of step 0.
+    b'{"steps": "many"}',
+    b'{"steps": -1}',
+    b'{"steps": 1, "epochs": 2}',
+    b'{"steps": 1, "best_score": null}',
+    b'{"steps": 1, "history": [3]}',
+    b'{"steps": 1, "curves": [{"step": "1"}]}',
+    b'{"steps": 1, "means": {"loss": 1}}',
+    b'{"steps": 1, "step": 1}',
+]
+
+
+def test_a_state_of_nonsense_is_refused_by_its_file(tmp_path):
+    model = model_of()
+    write_model(model, tmp_path / "without.keras")
+    for number, content in enumerate(NONSENSE):
+        file = tmp_path / str(number) / "step-00000001.keras"
+        file.parent.mkdir()
+        shutil.copy(tmp_path / "without.keras", file)
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.writestr("training_state.json", content)
+        with pytest.raises(ValueError, match=rf"{number}/step-00000001\.keras cannot be read"):
+            read_checkpoint(model, file)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
