@@ -1,5 +1,6 @@
 """Training and evaluation steps on TensorFlow, under any `tf.distribute` strategy."""
 
+import re
 from collections.abc import Callable
 
 import keras
@@ -8,6 +9,8 @@ from keras import ops
 
 from keras_fpn.monitoring import collect_monitored, monitor
 from keras_fpn.replicas import gradients_already_summed, sum_over_replicas
+
+_REFUSED = "Refused by keras_fpn: "  # Marks what `check_values` says in TensorFlow's error.
 
 
 def train_step(model, data) -> dict:
@@ -86,27 +89,74 @@ def function_of_iterator(model, step: Callable) -> Callable:
         )
 
     def step_on_iterator(iterator):
-        return step_on_replicas(iterator.get_next())
+        # Outside of what XLA compiles, which would drop assertions.
+        return step_on_replicas(checked(iterator.get_next()))
+
+    def checked(data):
+        return strategy.run(lambda data: check_values(model, data), args=(data,))
 
     if not model.run_eagerly:
         step_on_replicas = tf.function(
             step_on_replicas, reduce_retracing=True, jit_compile=model.jit_compile, autograph=False
         )
+        checked = tf.function(checked, reduce_retracing=True, autograph=False)
         step_on_iterator = tf.function(step_on_iterator, reduce_retracing=True, autograph=False)
 
     def one_step(iterator):
         # `train_on_batch` and its like pass a generator.
         if hasattr(iterator, "get_next"):
             return step_on_iterator(iterator)
-        return step_on_replicas(next(iterator))
+        return step_on_replicas(checked(next(iterator)))
 
     def steps(iterator):
-        outputs = one_step(iterator)
-        for _ in range(model.steps_per_execution - 1):
-            try:
-                outputs = one_step(iterator)
-            except (StopIteration, tf.errors.OutOfRangeError):
-                break
+        try:
+            outputs = one_step(iterator)
+            for _ in range(model.steps_per_execution - 1):
+                try:
+                    outputs = one_step(iterator)
+                except (StopIteration, tf.errors.OutOfRangeError):
+                    break
+        except tf.errors.InvalidArgumentError as error:
+            if found := re.search(rf"{_REFUSED}(.*?\.)['\]]", error.message):
+                raise ValueError(found[1]) from error
+            raise
         return outputs
 
     return steps
+
+
+def check_values(model, data) -> tuple:
+    """Returns a batch that fails to be computed where training would silently go wrong.
+
+    Only the values are checked that a step, unlike the first batch of `fit`, cannot check for free
+    in Python: pixels are finite, labels are integers from -1 to those of the last class.
+    """
+    # Without a graph, `train_on_batch` passes arrays.
+    data = tf.nest.map_structure(lambda x: x if x is None else tf.convert_to_tensor(x), data)
+    inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
+    images = inputs["images"] if isinstance(inputs, dict) else inputs
+    labels = tf.cast(targets["labels"], tf.float64)
+    wrong = (labels != tf.floor(labels)) | (labels < -1)
+    expected = "integers >= 0"
+    if model.num_classes is not None:
+        wrong |= labels >= model.num_classes
+        expected = f"integers in 0..{model.num_classes - 1}"
+    first = tf.boolean_mask(targets["labels"], wrong)[:1]
+    checks = [
+        tf.debugging.Assert(
+            ~tf.reduce_any(wrong),
+            [
+                f"{_REFUSED}`labels` must be {expected}, or -1 for padding; received "
+                + tf.strings.reduce_join(
+                    tf.strings.as_string(first, shortest=first.dtype.is_floating)
+                )
+                + "."
+            ],
+        )
+    ]
+    if images.dtype.is_floating:
+        is_finite = tf.reduce_all(tf.math.is_finite(images))
+        message = f"{_REFUSED}Pixels must be finite; received NaN or infinite ones."
+        checks.append(tf.debugging.Assert(is_finite, [message]))
+    with tf.control_dependencies([check for check in checks if check is not None]):
+        return tf.nest.map_structure(lambda x: x if x is None else tf.identity(x), data)
