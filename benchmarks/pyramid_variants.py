@@ -1,6 +1,6 @@
 """What the parts of the pyramid are worth on objects over five octaves of size.
 
-    python benchmarks/pyramid_variants.py --output variants --seeds 0 1 2 --steps 3000
+    python benchmarks/pyramid_variants.py --output variants --seeds 0 1 2 --steps 800
 
 Trains each variant on keras_fpn_octaves with the same budget, data, order and initialization: the
 RPN alone with FPN (c) and on C4 (a), compared by the recall of small objects, and Faster R-CNN with
@@ -12,6 +12,7 @@ the mean and the range over the seeds, and for each comparison whether the range
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import keras
@@ -20,14 +21,14 @@ import keras_fpn
 from keras_fpn.data import demo_dataset
 from keras_fpn.data.datasets import load_dataset
 from keras_fpn.data.pipeline import training_batches
-from keras_fpn.optimization import SGDWithL2, WarmupStepDecay
+from keras_fpn.optimization import WarmupStepDecay
 from keras_fpn.runs.evaluation import Evaluation
 
 VARIANTS = {
-    "c": {"pyramid": {"channels": 64}},
-    "a": {"single_scale": "C4"},
-    "d": {"pyramid": {"channels": 64, "top_down": False}},
-    "e": {"pyramid": {"channels": 64, "lateral": False}},
+    "c": partial(keras_fpn.FeaturePyramid, 32),
+    "a": partial(keras_fpn.SingleScale, "C4"),
+    "d": partial(keras_fpn.FeaturePyramid, 32, top_down=False),
+    "e": partial(keras_fpn.FeaturePyramid, 32, lateral=False),
 }
 # Model, metric, and the variants of which the first is expected to be above the others.
 COMPARISONS = (("rpn", "AR100s", ("c", "a")), ("faster_rcnn", "AP", ("c", "d", "e")))
@@ -41,9 +42,9 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=0.04)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch-size", type=int, default=6)
+    parser.add_argument("--learning-rate", type=float, default=0.001)
     parser.add_argument("--edge", type=int, default=192, help="shorter and longer edge, in pixels")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -80,9 +81,9 @@ def run(key: dict, data_dir: str) -> dict:
     )
     keras.utils.clear_session()
     keras.utils.set_random_seed(key["seed"])
-    model = build(key["model"], VARIANTS[key["variant"]], key["edge"], key["seed"], train)
+    model = build(key["model"], VARIANTS[key["variant"]](), key["edge"], key["seed"], train)
     rate = WarmupStepDecay(key["learning_rate"], 50, [key["steps"] * 3 // 4])
-    model.compile(SGDWithL2(rate), jit_compile=False)
+    model.compile(keras.optimizers.Adam(rate), jit_compile=False)
     batches = training_batches(
         train,
         key["batch_size"],
@@ -103,15 +104,29 @@ def run(key: dict, data_dir: str) -> dict:
     }
 
 
-def build(model: str, variant: dict, edge: int, seed: int, train) -> keras_fpn.Detector:
+def backbone() -> keras.Model:
+    """Builds two convolutions for each stride from 4 to 32, after one of stride 2."""
+    images = x = keras.Input((None, None, 3))
+    maps = {}
+    for stage, channels in enumerate((16, 32, 64, 128, 128), start=1):
+        for stride in (2,) if stage == 1 else (2, 1):
+            x = keras.layers.Conv2D(channels, 3, stride, "same", use_bias=False)(x)
+            x = keras.layers.GroupNormalization(8)(x)
+            x = keras.layers.ReLU()(x)
+        if stage > 1:
+            maps[f"C{stage}"] = x
+    return keras.Model(images, maps)
+
+
+def build(model: str, pyramid, edge: int, seed: int, train) -> keras_fpn.Detector:
     """Builds a variant; whatever is not the variant's is the same for all."""
     sizes = tuple(size * edge // 256 for size in ANCHORS_AT_256)
     arguments = {
-        "backbone": "resnet10",
-        "normalization": "batch_norm",
-        "anchor_sizes": (sizes,) if "single_scale" in variant else sizes,
+        "backbone": backbone(),
+        "pyramid": pyramid,
+        # A single map has the anchors of all sizes.
+        "anchor_sizes": (sizes,) if isinstance(pyramid, keras_fpn.SingleScale) else sizes,
         "seed": seed,
-        **variant,
     }
     if model == "rpn":
         fewer = {"training_pre_nms": 50, "training_post_nms": 50}
@@ -128,7 +143,7 @@ def build(model: str, variant: dict, edge: int, seed: int, train) -> keras_fpn.D
         # Eqn. 1 for images of this size in place of 800 pixels.
         roi_pooling={"canonical_size": 224 * edge / 800},
         roi_targets={"num_samples": 64},
-        box_head={"hidden_dim": 256},
+        box_head={"hidden_dim": 128},
         **arguments,
     )
 

@@ -11,6 +11,7 @@ tensorflow-serving-api, to read the warm-up requests.
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ VARIANTS = {
     "bfloat16": {"precision": "bfloat16"},
 }
 CAMERA = (480, 640)  # Height and width of the image that latencies are measured with.
+MAX_IMAGES = 8  # The default limit of a request.
 
 
 def main() -> None:
@@ -45,8 +47,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.in_own_process:
         what, path, warm = options.in_own_process
-        result = answer_first(path, warm == "warm") if what == "load" else grow(path, options)
-        print(json.dumps(result))
+        results = {
+            "load": lambda: answer_first(path, warm == "warm"),
+            "grow": lambda: grow(path, options),
+            "peak": lambda: peak(path),
+        }
+        print(json.dumps(results[what]()))
         return
 
     model = build(options)
@@ -93,6 +99,11 @@ def measure(model, variant: str, path: Path, edges: dict, options: argparse.Name
     print(
         f"  requests of {found['sizes']} sizes: {found['traces']} traces, resident "
         + ", ".join(f"{size:.0f} MB after {number}" for number, size in found["resident"].items())
+    )
+    found = in_own_process("peak", path, "cold", options)
+    print(
+        f"  loaded: resident {found['loaded']:.0f} MB, peak {found['1']:.0f} MB with one image of all "
+        f"pixels allowed, {found[str(MAX_IMAGES)]:.0f} MB with these in {MAX_IMAGES} images"
     )
 
     image = picture(*CAMERA)
@@ -192,6 +203,29 @@ def grow(path: str, options: argparse.Namespace) -> dict:
             memory[number] = resident()
     traces = len(context.context().list_function_names()) - functions
     return {"resident": memory, "sizes": len(sizes), "traces": traces}
+
+
+def peak(path: str) -> dict:
+    """Megabytes at most while the largest requests that the default limits allow are answered."""
+    import tensorflow as tf
+
+    from keras_fpn.data.image_files import MAX_PIXELS
+
+    served = load(path)
+    served["serving_default"](images=tf.constant(picture(*CAMERA)))
+    memory = {"loaded": resident()}
+    for count in (1, MAX_IMAGES):
+        # A batch is widest and highest if it has images of both orientations.
+        short = int((MAX_PIXELS / count * 3 / 5) ** 0.5)
+        long = MAX_PIXELS // count // short
+        files = [
+            tf.io.encode_png(tf.zeros([*size, 1], tf.uint8)).numpy()
+            for size in ((short, long), (long, short))[:count]
+        ]
+        files = (files * count)[:count]
+        served["encoded_images"](image_bytes=tf.constant(files))
+        memory[str(count)] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return memory
 
 
 def resident() -> float:
