@@ -102,8 +102,8 @@ def measure(model, variant: str, path: Path, edges: dict, options: argparse.Name
     )
     found = in_own_process("peak", path, "cold", options)
     print(
-        f"  loaded: resident {found['loaded']:.0f} MB, peak {found['1']:.0f} MB with one image of all "
-        f"pixels allowed, {found[str(MAX_IMAGES)]:.0f} MB with these in {MAX_IMAGES} images"
+        f"  resident {found['loaded']:.0f} MB, peak {found['1']:.0f} MB with all pixels of a "
+        f"request in one image, {found[str(MAX_IMAGES)]:.0f} MB with these in {MAX_IMAGES}"
     )
 
     image = picture(*CAMERA)
@@ -215,11 +215,14 @@ def peak(path: str) -> dict:
     served["serving_default"](images=tf.constant(picture(*CAMERA)))
     memory = {"loaded": resident()}
     for count in (1, MAX_IMAGES):
-        # A batch is widest and highest if it has images of both orientations.
+        # A batch is widest and highest if it has images of both orientations, and progressive JPEGs
+        # take the most memory to decode.
         short = int((MAX_PIXELS / count * 3 / 5) ** 0.5)
         long = MAX_PIXELS // count // short
         files = [
-            tf.io.encode_png(tf.zeros([*size, 1], tf.uint8)).numpy()
+            tf.io.encode_jpeg(
+                tf.zeros([*size, 3], tf.uint8), progressive=True, chroma_downsampling=False
+            ).numpy()
             for size in ((short, long), (long, short))[:count]
         ]
         files = (files * count)[:count]

@@ -41,6 +41,8 @@ def main() -> None:
     if "detection_class_names" in outputs:
         names = outputs["detection_class_names"]
         outputs["detection_class_names"] = [[name.decode() for name in row] for row in names]
+    if "error" in outputs:
+        outputs["error"] = [error.decode() for error in outputs["error"]]
     draw_answer(options.images, outputs, options.output, options.score_threshold)
 
 

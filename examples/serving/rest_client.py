@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def draw_answer(images: list[str], outputs: dict, folder: str, score_threshold: float) -> None:
-    """Prints and draws the detections of each image.
+    """Prints and draws the detections of each image, or prints why the server refused it.
 
     Args:
         images: paths of the images.
@@ -55,6 +55,9 @@ def draw_answer(images: list[str], outputs: dict, folder: str, score_threshold: 
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     for row, name in enumerate(images):
+        if "error" in outputs and outputs["error"][row]:
+            print(f"{name}: error: {outputs['error'][row]}")
+            continue
         picture = Image.open(name).convert("RGB")
         draw = ImageDraw.Draw(picture)
         font = ImageFont.load_default(size=max(12, picture.height // 40))

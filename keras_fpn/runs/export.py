@@ -30,8 +30,8 @@ class Options:
         errors_as_output: add the output error, for files that cannot be read, which otherwise fail
             their whole request.
         max_images: limit of the images in a request.
-        max_pixels: limit of the pixels of all images in a request, at 15 bytes each; by default
-            178,956,970, which is also the limit of one image.
+        max_pixels: limit of the pixels of all images in a request, at about 15 bytes each; by
+            default 178,956,970, which is also the limit of one image.
         warm_up: add requests that warm the server up.
     """
 

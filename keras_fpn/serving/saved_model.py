@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -17,12 +18,14 @@ from keras_fpn.serving.folding import fold_normalization
 from keras_fpn.stage import Float32Stage
 from keras_fpn.validation import check_choice, check_int
 
-_PARALLEL_IMAGES = 8  # Images of a request that are decoded in parallel.
+# Images of a request that are decoded in parallel. Memory is bounded by `max_pixels` instead, since
+# all of a request may be in a single image.
+_PARALLEL_IMAGES = 8
 _WARM_UP_IMAGE = (60, 80)  # Height and width, in the most common aspect ratio of cameras.
 _BATCHING_PARAMETERS = """\
 # For --enable_batching, with requests to the signature `encoded_images`: all `images` of a batch
 # would have to be of one size. See examples/serving/README.md.
-max_batch_size { value: 4 }
+max_batch_size { value: %d }
 batch_timeout_micros { value: 5000 }
 max_enqueued_batches { value: 64 }
 num_batch_threads { value: 2 }
@@ -38,6 +41,9 @@ def export_saved_model(
     frozen: bool = False,
     precision: str = "float32",
     class_names: Sequence[str] | None = None,
+    errors_as_output: bool = False,
+    max_images: int = 8,
+    max_pixels: int | None = None,
     warm_up: bool = True,
 ) -> None:
     """Exports a SavedModel that TensorFlow Serving, or TensorFlow alone, can run.
@@ -47,8 +53,10 @@ def export_saved_model(
     - `serving_default`: `images`, uint8 `[batch, height, width, 3]` RGB of any size;
     - `encoded_images`: `image_bytes`, string `[batch]`, the contents of JPEG, PNG, GIF (first
       frame), BMP or still WebP files, whose sizes may differ within a request. A file that cannot
-      be read is an InvalidArgumentError that names its position; one whose header claims more than
-      `keras_fpn.data.image_files.MAX_PIXELS` is refused before it is decoded.
+      be read is an InvalidArgumentError that names its position, unless `errors_as_output`. The
+      sizes in all headers are checked before anything is decoded: one above
+      `keras_fpn.data.image_files.MAX_PIXELS` is refused, and so is an image that takes the request
+      over `max_pixels`.
 
     Images are resized as by `detect`, and padded to the largest of their request (or to the shape
     that the model was built for): a single image gets the detections that `model.predict` returns
@@ -63,7 +71,9 @@ def export_saved_model(
       clients of TensorFlow's object detection models expect;
     - `detection_class_names`: string `[batch, D]`, if `class_names` are given;
     - `num_detections`: float32 `[batch]`, the number of rows that are detections. The rows after
-      them are padding: zeros, also as class, and empty names.
+      them are padding: zeros, also as class, and empty names;
+    - `error`: string `[batch]`, only of `encoded_images` and if `errors_as_output`: why a file was
+      refused, empty for the others.
 
     Batch norms are folded into convolutions. Beside `path`, in the folder of the model, a
     `model.config` and a `batching_parameters.txt` for the server are written unless they exist.
@@ -81,6 +91,15 @@ def export_saved_model(
             and faster on hardware that supports it. Box arithmetic is float32 in both.
         class_names: name of every label, such as `model.class_names`, for the output
             `detection_class_names`. Defaults to None, without that output.
+        errors_as_output: whether a file that cannot be read, or exceeds `max_pixels`, has no
+            detections and a sentence in the output `error`, rather than failing the whole request,
+            and with it those that a server batches with it. Defaults to False.
+        max_images: limit of the number of images in a request, or in a batch of requests; a
+            request above it fails. Memory grows by the detector's feature maps per image. Defaults
+            to 8.
+        max_pixels: limit of the pixels of all images of a request before resizing, at least 4800,
+            the warm-up request's. Each takes about 15 bytes while it is decoded and resized.
+            Defaults to None, the limit of a single image: 178,956,970, or 2.7 GB.
         warm_up: whether `assets.extra` contains a request to each signature, which the server runs
             before it reports itself ready, so that no client waits for tracing. Defaults to True.
 
@@ -96,7 +115,12 @@ def export_saved_model(
             "export_saved_model() needs the TensorFlow backend, on which a .keras file of any "
             f"backend loads; received the {keras.backend.backend()} backend."
         )
-    _check_arguments(model, shorter_edge, longest_edge, precision, class_names)
+    from keras_fpn.data.image_files import MAX_PIXELS
+
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
+    _check_arguments(
+        model, shorter_edge, longest_edge, precision, class_names, max_images, max_pixels
+    )
     path = Path(os.path.abspath(path))
     if os.path.lexists(path):
         raise FileExistsError(
@@ -111,20 +135,34 @@ def export_saved_model(
         )
     with _appears_complete(path) as folder:
         copy = _inference_copy(model, precision)
-        signatures = _signatures(copy, shorter_edge, longest_edge, frozen, class_names)
+        signatures = _signatures(
+            copy,
+            shorter_edge,
+            longest_edge,
+            frozen,
+            class_names,
+            errors_as_output,
+            max_images,
+            max_pixels,
+        )
         _save(signatures, [] if frozen else copy.variables, folder)
         if warm_up:
             _write_warm_up_requests(folder, path.parent.name)
         if is_version:
             _write_where_missing(path.parent / "model.config", _model_config(path.parent))
-            _write_where_missing(path.parent / "batching_parameters.txt", _BATCHING_PARAMETERS)
+            batching = _BATCHING_PARAMETERS % min(4, max_images)
+            _write_where_missing(path.parent / "batching_parameters.txt", batching)
 
 
-def _check_arguments(model, shorter_edge, longest_edge, precision, class_names):
+def _check_arguments(
+    model, shorter_edge, longest_edge, precision, class_names, max_images, max_pixels
+):
     if not isinstance(model, FasterRCNN):
         raise TypeError(f"`model` must be a FasterRCNN; received {type(model).__name__}.")
     check_int("shorter_edge", shorter_edge)
     check_int("longest_edge", longest_edge)
+    check_int("max_images", max_images, maximum=2**31 - 1)
+    check_int("max_pixels", max_pixels, math.prod(_WARM_UP_IMAGE), maximum=2**63 - 1)
     check_choice("precision", precision, ("float32", "bfloat16"))
     if class_names is not None and (
         isinstance(class_names, str)
@@ -182,6 +220,9 @@ def _signatures(
     longest_edge: int,
     frozen: bool,
     class_names: Sequence[str] | None,
+    errors_as_output: bool,
+    max_images: int,
+    max_pixels: int,
 ) -> dict:
     """Returns the function of each signature, traced once for all sizes."""
     import tensorflow as tf
@@ -213,9 +254,15 @@ def _signatures(
     if frozen:
         detect = convert_variables_to_constants_v2(detect, lower_control_flow=False)
 
-    def answer(images, image_sizes):
-        """Returns the outputs for a batch of resized images."""
+    def answer(images, image_sizes, problems=None):
+        """Returns the outputs for a batch of resized images; those with problems have none."""
         boxes, scores, labels, count = detect(images, image_sizes)
+        if problems is not None:
+            is_read = tf.equal(problems, "")
+            boxes = tf.where(is_read[:, None, None], boxes, 0)
+            scores = tf.where(is_read[:, None], scores, 0)
+            labels = tf.where(is_read[:, None], labels, -1)
+            count = tf.where(is_read, count, 0)
         rows = model.detections.max_detections
         outputs = {
             "detection_boxes": tf.ensure_shape(boxes, [None, rows, 4]),
@@ -226,16 +273,25 @@ def _signatures(
         if class_names is not None:
             names = tf.gather(tf.constant(list(class_names)), tf.maximum(labels, 0))
             outputs["detection_class_names"] = tf.where(labels >= 0, names, "")
+        if problems is not None:
+            outputs["error"] = problems
         return outputs
+
+    def assert_no_problem(problem):
+        return tf.debugging.Assert(tf.equal(problem, ""), [problem])
 
     def serving_default(images):
         shape = tf.shape(images)
-        problem = tf.where(
-            tf.reduce_all(shape > 0),
-            "",
-            tf.strings.format("`images` of shape {} has no pixels", (shape,)),
-        )
-        with tf.control_dependencies([tf.debugging.Assert(tf.equal(problem, ""), [problem])]):
+        pixels = tf.reduce_prod(tf.cast(shape[:3], tf.int64))
+        problem = tf.constant("")
+        for is_problem, text in (
+            (pixels > max_pixels, f"is over the limit of {max_pixels} pixels in a request"),
+            (shape[0] > max_images, f"is over the limit of {max_images} images in a request"),
+            (tf.equal(pixels, 0), "has no pixels"),
+        ):
+            described = tf.strings.format("`images` of shape {} " + text, (shape,))
+            problem = tf.where(is_problem, described, problem)
+        with tf.control_dependencies([assert_no_problem(problem)]):
             size = resized_size(shape[1:3], shorter_edge, longest_edge)
         return answer(resize_image(images, size), tf.tile(size[None], [shape[0], 1]))
 
@@ -258,15 +314,41 @@ def _signatures(
             function, values, fn_output_signature=signature, parallel_iterations=_PARALLEL_IMAGES
         )
 
+    def excess(sizes):
+        """Returns a problem for each image that, with those accepted before, is too many pixels."""
+        pixels = tf.reduce_prod(tf.cast(sizes, tf.int64), axis=1)
+        accepted = tf.scan(
+            lambda total, own: tf.where(total + own > max_pixels, total, total + own),
+            pixels,
+            tf.constant(0, tf.int64),
+        )
+        total = tf.concat([[0], accepted[:-1]], axis=0) + pixels
+        end = f" pixels, over the limit of {max_pixels}"
+        described = tf.strings.join(["takes the request to ", tf.strings.as_string(total), end])
+        return tf.where(total > max_pixels, described, "")
+
     def encoded_images(image_bytes):
-        no_files = tf.debugging.Assert(tf.size(image_bytes) > 0, ["`image_bytes` has no files"])
-        with tf.control_dependencies([no_files]):
+        count = tf.size(image_bytes)
+        problem = tf.where(
+            count > max_images,
+            tf.strings.format(
+                f"`image_bytes` has {{}} files, over the limit of {max_images} in a request",
+                (count,),
+            ),
+            tf.where(count > 0, "", "`image_bytes` has no files"),
+        )
+        with tf.control_dependencies([assert_no_problem(problem)]):
             files = tf.identity(image_bytes)
         text = tf.TensorSpec([], tf.string)
         sizes, problems = for_each(read_image_size, files, (tf.TensorSpec([2], tf.int32), text))
+        problems = tf.where(tf.equal(problems, ""), excess(sizes), problems)
         # Nothing is decoded before all headers have been checked.
-        with tf.control_dependencies([assert_readable(problems)]):
+        with tf.control_dependencies([] if errors_as_output else [assert_readable(problems)]):
             sizes = resized_size(sizes, shorter_edge, longest_edge)
+        # Refused files are neither decoded, nor do they enlarge the batch.
+        is_accepted = tf.equal(problems, "")
+        files = tf.where(is_accepted, files, "")
+        sizes = tf.where(is_accepted[:, None], sizes, 1)
         height, width = tf.unstack(tf.reduce_max(sizes, axis=0))
 
         def read_resized(file_and_size):
@@ -281,7 +363,10 @@ def _signatures(
             return tf.cond(tf.equal(problem, ""), resized, lambda: nothing), problem
 
         pixels = tf.TensorSpec([None, None, 3], tf.float32)
-        images, problems = for_each(read_resized, (files, sizes), (pixels, text))
+        images, found = for_each(read_resized, (files, sizes), (pixels, text))
+        problems = tf.where(is_accepted, found, problems)
+        if errors_as_output:
+            return answer(images, sizes, problems)
         with tf.control_dependencies([assert_readable(problems)]):
             images = tf.identity(images)
         return answer(images, sizes)

@@ -55,8 +55,10 @@ def test_options_are_those_of_the_exporter(run, tmp_path, monkeypatch):
     arguments = ["--model", str(run), "--output", str(tmp_path / "1")]
     export.main(arguments)
     more = "--shorter-edge 40 --longest-edge 50 --precision bfloat16 --frozen --no-warm-up"
-    export.main([*arguments, *more.split()])
+    limits = "--errors-as-output --max-images 2 --max-pixels 5000"
+    export.main([*arguments, *more.split(), *limits.split()])
     plain = {"frozen": False, "precision": "float32", "class_names": None, "warm_up": True}
+    plain |= {"errors_as_output": False, "max_images": 8, "max_pixels": None}
     assert received == [
         {"shorter_edge": 48, "longest_edge": 64, **plain},
         {
@@ -65,6 +67,9 @@ def test_options_are_those_of_the_exporter(run, tmp_path, monkeypatch):
             "frozen": True,
             "precision": "bfloat16",
             "class_names": None,
+            "errors_as_output": True,
+            "max_images": 2,
+            "max_pixels": 5000,
             "warm_up": False,
         },
     ]

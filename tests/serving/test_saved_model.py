@@ -246,6 +246,17 @@ def test_a_bomb_is_refused_before_memory_is_taken(signatures):
     assert memory_peak() - before < 100e6
 
 
+def test_images_of_too_many_pixels_together_are_refused_by_their_headers(signatures):
+    good, claim = encoded(noise(40, 50)), struct.pack(">II", 12_000, 12_000)
+    large = good[:16] + claim + good[24:]
+    with pytest.raises(
+        tf.errors.InvalidArgumentError,
+        match=r"1 of 3 images cannot be read: image_bytes\[2\]: takes the request to 288002000 "
+        r"pixels, over the limit of 178956970",
+    ):
+        send_files(signatures, large, good, large)
+
+
 def test_requests_without_an_image_are_refused(signatures):
     with pytest.raises(tf.errors.InvalidArgumentError, match="`image_bytes` has no files"):
         send_files(signatures)
