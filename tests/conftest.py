@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
+import functools
 import gc
+import inspect
 import os
 
 # Before TensorFlow is imported: tests run on the CPU, with two devices for distribution.
@@ -37,34 +39,55 @@ if keras.backend.backend() == "tensorflow":
 
 if keras.backend.backend() == "jax":
     import jax
+    from keras.src.backend import random
 
+    from keras_fpn import boxes, losses, matcher, nms
     from keras_fpn.stage import Stage
 
-    call, compiled = Stage.__call__, {}
+    def numpy_normal(shape, mean=0.0, stddev=1.0, dtype=None, seed=None):
+        """Draws initial weights, for each shape of which JAX would compile a generator."""
+        values = np.random.default_rng(0).normal(mean, stddev, shape)
+        return jax.numpy.asarray(values, dtype or "float32")
 
-    def call_compiled(stage, *args, **kwargs):
-        """Calls a stage as one computation; JAX would compile each of its operations."""
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        is_array = [isinstance(leaf, np.ndarray | jax.Array) for leaf in leaves]
-        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-        is_built = stage.built or type(stage).build is keras.layers.Layer.build
-        if is_traced or not is_built or not any(is_array) or stage.non_trainable_variables:
-            return call(stage, *args, **kwargs)
-        fixed = [None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
-        key = (stage, structure, str(fixed))
+    def is_array(leaf):
+        return isinstance(leaf, np.ndarray | jax.Array)
 
-        def compute(arrays):
-            arrays = iter(arrays)
-            filled = [
-                next(arrays) if array else leaf for leaf, array in zip(fixed, is_array, strict=True)
-            ]
-            args, kwargs = jax.tree.unflatten(structure, filled)
-            return call(stage, *args, **kwargs)
+    def compiled(function):
+        """A function as one computation; JAX would compile each of its operations."""
+        computations = {}
 
-        function = compiled.setdefault(key, jax.jit(compute))
-        return function([x for x, array in zip(leaves, is_array, strict=True) if array])
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: leaf is None)
+            arrays = [leaf for leaf in leaves if is_array(leaf)]
+            if not arrays or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+                return function(*args, **kwargs)
+            if isinstance(args[0], Stage):
+                is_built = args[0].built or type(args[0]).build is keras.layers.Layer.build
+                if not is_built or args[0].non_trainable_variables:
+                    return function(*args, **kwargs)
+            fixed = tuple(None if is_array(leaf) else leaf for leaf in leaves)
 
-    Stage.__call__ = call_compiled
+            def compute(arrays):
+                arrays = iter(arrays)
+                filled = [
+                    next(arrays) if is_array(leaf) else fixed_leaf
+                    for leaf, fixed_leaf in zip(leaves, fixed, strict=True)
+                ]
+                args, kwargs = jax.tree.unflatten(structure, filled)
+                return function(*args, **kwargs)
+
+            key = (structure, fixed, tuple(map(type, leaves)))
+            return computations.setdefault(key, jax.jit(compute))(arrays)
+
+        return call
+
+    random.truncated_normal = random.normal = numpy_normal
+    Stage.__call__ = compiled(Stage.__call__)
+    for module in (boxes, losses, matcher, nms):
+        for name, value in vars(module).copy().items():
+            if inspect.isfunction(value) and value.__module__ == module.__name__:
+                setattr(module, name, compiled(value))
 
 # What the libraries hold stays: collections need not look at it, nor come as often.
 gc.freeze()

@@ -45,6 +45,12 @@ def tiny_detector(**arguments) -> keras_fpn.FasterRCNN:
     return _small(keras_fpn.build_fpn_faster_rcnn, **_tiny() | arguments)
 
 
+def two_level_detector(**arguments) -> keras_fpn.FasterRCNN:
+    """`tiny_detector` on C3 and C4, for what does not depend on the number of levels."""
+    small = {"backbone": tiny_backbone(("C3", "C4")), "anchor_sizes": (32, 64, 128)}
+    return tiny_detector(**small | arguments)
+
+
 def tiny_rpn(**arguments) -> keras_fpn.RegionProposalNetwork:
     """The first stage of `tiny_detector`, with weights of its own."""
     return _small(keras_fpn.build_fpn_rpn, **_tiny() | arguments)
@@ -82,12 +88,14 @@ def _small(build: Callable, **arguments):
     return build(**merged)
 
 
-def tiny_backbone() -> keras.Model:
-    """A convolution and a ReLU for each of C2..C5."""
+def tiny_backbone(levels=("C2", "C3", "C4", "C5")) -> keras.Model:
+    """A convolution and a ReLU for each of consecutive levels, and one before them."""
     images = keras.Input((None, None, 3))
-    x = keras.layers.Conv2D(8, 3, strides=2, padding="same", activation="relu")(images)
+    strides = 2 ** (int(levels[0][1:]) - 1)
+    x = keras.layers.Conv2D(8, 3, strides=strides, padding="same", activation="relu")(images)
     maps = {}
-    for level, channels in (("C2", 8), ("C3", 8), ("C4", 16), ("C5", 16)):
+    for level in levels:
+        channels = 8 if level in ("C2", "C3") else 16
         x = keras.layers.Conv2D(channels, 3, strides=2, padding="same", activation="relu")(x)
         maps[level] = x
     return keras.Model(images, maps, name="tiny")

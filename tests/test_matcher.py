@@ -24,11 +24,10 @@ def as_matches(matched, is_positive, is_negative):
 
 def match_overlaps(monkeypatch, iou, *thresholds, keep_best):
     """`match` on a given `[objects, candidates]` matrix of overlaps."""
-    monkeypatch.setattr(
-        keras_fpn.matcher, "pairwise_iou", lambda candidates, boxes: convert_to_tensor(iou.T[None])
-    )
-    objects = np.ones((1, len(iou)), bool)
-    return as_matches(*match(None, None, objects, *thresholds, keep_best))[0]
+    # The overlaps in place of the candidates that have them.
+    monkeypatch.setattr(keras_fpn.matcher, "pairwise_iou", lambda overlaps, boxes: overlaps)
+    overlaps, objects = convert_to_tensor(iou.T[None]), np.ones((1, len(iou)), bool)
+    return as_matches(*match(overlaps, None, objects, *thresholds, keep_best))[0]
 
 
 @pytest.mark.parametrize("overlaps", ["", "_without_overlap"])

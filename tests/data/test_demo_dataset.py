@@ -51,7 +51,7 @@ def test_a_prepared_data_set_is_not_written_again(shapes_dir):
 def test_boxes_are_tight_around_the_drawn_shapes(monkeypatch):
     # A single white shape on black, whose pixels are the bright ones.
     monkeypatch.setattr(
-        demo_dataset, "_background", lambda random, height, width: np.zeros((height, width, 3))
+        demo_dataset, "_gradient", lambda random, height, width: np.zeros((height, width, 3))
     )
     monkeypatch.setattr(demo_dataset, "_contrasting_color", lambda *arguments: np.full(3, 255.0))
     alone, edges = 0, []
@@ -73,3 +73,13 @@ def test_boxes_are_tight_around_the_drawn_shapes(monkeypatch):
     assert 32 / 2**0.5 - 1 < min(edges) < 32
     assert 130 < max(edges) < 152
     assert 69 / 2**0.5 < np.median(edges) < 69
+
+
+def test_the_octaves_have_classes_of_day_and_night():
+    for seed in range(8):
+        random = np.random.default_rng(seed)
+        pixels, objects = demo_dataset.KerasFpnOctaves.draw(None, random)
+        # The first and last rows, most of which no shape covers.
+        is_night = bool(np.median(pixels[0]) < np.median(pixels[-1]))
+        assert {label % 2 for label, _, _ in objects} == {is_night}
+        assert all(0 <= label < 4 for label, _, _ in objects)

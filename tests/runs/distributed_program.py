@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from PIL import Image
-from small_detector import tiny_detector
+from small_detector import tiny_detector, two_level_detector
 from subclasses import DoublesBoth, TakesKerasStep
 
 from keras_fpn.data.coco_metrics import COCO_METRICS
@@ -91,7 +91,7 @@ def subclass_changes(strategy: tf.distribute.Strategy, name: str) -> np.ndarray:
     subclass, loss_weights = SUBCLASSES[name]
     keras.utils.set_random_seed(0)
     with strategy.scope():
-        config = tiny_detector(**ALL_SAMPLES).get_config()
+        config = two_level_detector(**ALL_SAMPLES).get_config()
         model = subclass.from_config(config)
         model.compile(keras.optimizers.SGD(0.1), loss_weights=loss_weights, jit_compile=False)
     before = np.concatenate([weight.ravel() for weight in model.get_weights()])
@@ -138,7 +138,10 @@ def batches(start_step: int, shard: int, num_shards: int) -> tf.data.Dataset:
 
 
 def evaluate(model: keras.Model) -> tuple[dict, list]:
-    """Returns COCO's metrics and detections of seven images, with a ground truth near to them."""
+    """Returns COCO's metrics and detections of seven images, with a ground truth near to them.
+
+    An eighth file is not an image.
+    """
     images, _ = examples()
     found = {name: np.asarray(value) for name, value in model(images[:7]).items()}
     random = np.random.RandomState(1)
@@ -157,15 +160,20 @@ def evaluate(model: keras.Model) -> tuple[dict, list]:
                 annotations.append(
                     {"image_id": 10 * (i + 1), "category_id": int(label) + 1, "bbox": box}
                 )
+        (Path(root) / "val" / "7.png").touch()
+        annotations.append({"image_id": 80, "category_id": 1, "bbox": [1, 2, 20, 20]})
         content = {
-            "images": [{"id": 10 * (i + 1), "file_name": f"{i}.png"} for i in range(7)],
+            "images": [{"id": 10 * (i + 1), "file_name": f"{i}.png"} for i in range(8)],
             "annotations": [{"id": i, **fields} for i, fields in enumerate(annotations)],
             "categories": [{"id": i + 1, "name": f"class {i}"} for i in range(3)],
         }
         file = Path(root) / "annotations" / "instances_val.json"
         file.write_text(json.dumps(content))
         dataset = load_dataset(root, "val")
-        (metrics, _), results = Evaluation(model, dataset, 6, 32, 48).run()
+        evaluation = Evaluation(model, dataset, 6, 32, 48)
+        (metrics, _), results = evaluation.run()
+    assert [image["id"] for image in evaluation.ground_truth["images"]] == list(range(10, 80, 10))
+    assert {x["image_id"] for x in evaluation.ground_truth["annotations"]} <= set(range(10, 80, 10))
     return metrics, results
 
 

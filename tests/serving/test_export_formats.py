@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from small_detector import tiny_detector
+from small_detector import two_level_detector
 
 # Sizes that are multiples of 32, upright and across, one that is padded inside, and a batch.
 SHAPES = [(1, 64, 96), (1, 96, 64), (1, 70, 80), (2, 64, 96)]
@@ -29,6 +29,15 @@ def assert_answers(answer, model, inputs):
         np.testing.assert_array_equal(answer[name], wanted[name])
     np.testing.assert_allclose(answer["scores"], wanted["scores"], atol=1e-5)
     np.testing.assert_allclose(answer["boxes"], wanted["boxes"], atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    """A detector of two levels and their subsample: converters take their time for each op."""
+    keras.utils.set_random_seed(0)
+    model = two_level_detector()
+    model.run_eagerly = True  # Tracing takes longer than a few batches.
+    return model
 
 
 def test_onnx_answers_for_images_of_any_size(detector, tmp_path, monkeypatch):
@@ -64,7 +73,8 @@ def test_litert_answers_for_images_of_any_size(detector, tmp_path):
 
 
 def test_litert_answers_for_images_of_one_size(tmp_path):
-    model = tiny_detector(image_shape=(64, 96, 3))
+    model = two_level_detector(image_shape=(64, 96, 3))
+    model.run_eagerly = True
     answer = litert_runner(model, tmp_path / "detector.tflite")
     for inputs in requests([(1, 64, 96), (2, 64, 96)]):
         assert_answers(answer(**inputs), model, inputs)

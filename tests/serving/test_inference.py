@@ -61,6 +61,7 @@ def test_height_and_width_have_scales_of_their_own(detector):
 def test_boxes_are_xyxy_pixels_whatever_the_format_of_the_model(detector):
     relative = tiny_detector(bounding_box_format="rel_yxyx")
     relative.set_weights(detector.get_weights())
+    relative.run_eagerly = True  # Tracing takes longer than a batch.
     image = noise(40, 50)
     wanted, found = (detect(model, image, **EDGES)[0] for model in (detector, relative))
     assert len(wanted["labels"]) > 0
@@ -290,6 +291,7 @@ def test_arguments_out_of_range_are_refused(detector):
 
 def test_a_model_of_one_shape_gets_that_shape():
     model = tiny_detector(image_shape=(64, 96, 3))
+    model.run_eagerly = True  # Tracing takes longer than a few batches.
     found = detect(model, [noise(40, 50), noise(20, 60)], **EDGES)
     assert all(
         (one["boxes"][:, 2] <= width).all() for one, width in zip(found, (50, 60), strict=True)
