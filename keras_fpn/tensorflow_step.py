@@ -1,5 +1,6 @@
 """Training and evaluation steps on TensorFlow, under any `tf.distribute` strategy."""
 
+import itertools
 import re
 from collections.abc import Callable
 
@@ -24,8 +25,11 @@ def train_step(model, data) -> dict:
         losses = model.compute_losses(inputs, targets, training=True)
         loss = model.compute_loss(inputs, targets, losses, training=True)
         scaled = model.optimizer.scale_loss(loss)
-    variables = model.trainable_variables
-    gradients = sum_over_replicas(tape.gradient(scaled, variables))
+    gradients = tape.gradient(scaled, model.trainable_variables)
+    # Maps of the backbone that no stage uses have none.
+    used = [gradient is not None for gradient in gradients]
+    variables = list(itertools.compress(model.trainable_variables, used))
+    gradients = sum_over_replicas(list(itertools.compress(gradients, used)))
     scale = ops.cast(model.optimizer.scale_loss(1.0), "float32")
     norm = tf.linalg.global_norm([tf.cast(gradient, tf.float32) for gradient in gradients])
     with gradients_already_summed(model.optimizer):

@@ -106,6 +106,21 @@ def test_fit_lowers_the_losses_then_saves_loads_and_goes_on(images, targets, tmp
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@tensorflow_only
+def test_maps_that_no_stage_uses_are_not_trained(images, targets):
+    model = tiny_rpn(pyramid=keras_fpn.SingleScale("C4"), anchor_sizes=((8, 16),))
+    model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
+    before = [x.numpy() for x in model.trainable_variables]
+    model.train_on_batch(images, targets)
+    changed = {
+        variable.path.split("/")[-2]
+        for variable, old in zip(model.trainable_variables, before, strict=True)
+        if np.abs(variable.numpy() - old).max() > 0
+    }
+    kernels = [layer.name for layer in model.backbone.layers if layer.weights]
+    assert set(kernels) & changed == set(kernels[:-1])
+
+
 class TestFilesOfOtherModels:
     """Stages that both models have are loaded; what the file lacks is warned of."""
 
