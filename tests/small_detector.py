@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
+import pytest
 
 import keras_fpn
 
@@ -112,3 +113,13 @@ def assert_same(outputs, expected) -> None:
     assert set(outputs) == set(expected)
     for name, value in expected.items():
         np.testing.assert_array_equal(outputs[name], value, err_msg=name)
+
+
+def assert_same_next_step(loaded: keras.Model, model: keras.Model, data) -> None:
+    """That both take the same step, draws of the sampler and momentum included."""
+    model.fit(data.take(1), verbose=0)
+    loaded.run_eagerly = True  # Tracing takes longer than a step.
+    loaded.fit(data.take(1), verbose=0)
+    assert loaded.last_step == pytest.approx(model.last_step, rel=1e-3)
+    for a, b in zip(loaded.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
