@@ -34,57 +34,54 @@ def pool_adaptively(table, first_pixel, map_size, start, size, output_size: int)
     """
     regions, channels = start.shape[1], table.shape[-1]
     at_a_time = min(regions, TILES_AT_A_TIME)
+    # The maps of all images are one table, and all their regions one list.
+    batch, pixels = ops.shape(table)[0], ops.shape(table)[1]
+    first_pixel = first_pixel + ops.arange(batch, dtype="int32")[:, None] * pixels
+    geometry = (
+        ops.reshape(first_pixel, (-1,)),
+        *(ops.reshape(x, (-1, 2)) for x in (map_size, start, size)),
+    )
 
     # The number of tiles depends on the regions, and a loop of unknown length has no gradient.
     @ops.custom_gradient
     def pool(table):
-        def pool_image(inputs):
-            table, *geometry = inputs
-
-            def add(pooled, region, index, row_weights, column_weights):
-                pixels = ops.take(table, index, axis=0)
-                x = ops.matmul(column_weights[:, None], pixels)
-                x = ops.reshape(x, (at_a_time, TILE, output_size * channels))
-                x = ops.reshape(ops.matmul(row_weights, x), (at_a_time, -1))
-                return ops.scatter_update(
-                    pooled, region[:, None], ops.cast(x, "float32"), reduction="add"
-                )
-
-            pooled = ops.zeros((regions, output_size * output_size * channels), "float32")
-            return _over_tiles(add, pooled, geometry, output_size, at_a_time, table.dtype)
+        def add(pooled, region, index, row_weights, column_weights):
+            x = ops.matmul(column_weights[:, None], ops.take(table, index, axis=0))
+            x = ops.reshape(x, (at_a_time, TILE, output_size * channels))
+            x = ops.reshape(ops.matmul(row_weights, x), (at_a_time, -1))
+            return ops.scatter_update(
+                pooled, region[:, None], ops.cast(x, "float32"), reduction="add"
+            )
 
         def gradient(*args, upstream=None):
             if upstream is None:
                 (upstream,) = args
-            pixels = ops.shape(table)[1]
+            upstream = ops.cast(upstream, table.dtype)
 
-            def gradient_of_image(inputs):
-                upstream, *geometry = inputs
+            def add(gradient, region, index, row_weights, column_weights):
+                x = ops.take(upstream, region, axis=0)
+                x = ops.reshape(x, (at_a_time, output_size, output_size * channels))
+                x = ops.matmul(ops.swapaxes(row_weights, 1, 2), x)
+                x = ops.reshape(x, (at_a_time, TILE, output_size, channels))
+                x = ops.matmul(ops.swapaxes(column_weights, 1, 2)[:, None], x)
+                x = ops.cast(ops.reshape(x, (-1, channels)), "float32")
+                index = ops.reshape(index, (-1, 1))
+                return ops.scatter_update(gradient, index, x, reduction="add")
 
-                def add(gradient, region, index, row_weights, column_weights):
-                    x = ops.take(upstream, region, axis=0)
-                    x = ops.reshape(x, (at_a_time, output_size, output_size * channels))
-                    x = ops.matmul(ops.swapaxes(row_weights, 1, 2), x)
-                    x = ops.reshape(x, (at_a_time, TILE, output_size, channels))
-                    x = ops.matmul(ops.swapaxes(column_weights, 1, 2)[:, None], x)
-                    x = ops.cast(ops.reshape(x, (-1, channels)), "float32")
-                    index = ops.reshape(index, (-1, 1))
-                    return ops.scatter_update(gradient, index, x, reduction="add")
+            total = ops.zeros((batch * pixels, channels), "float32")
+            total = _over_tiles(add, total, geometry, output_size, at_a_time, table.dtype)
+            return ops.cast(total, table.dtype)
 
-                zeros = ops.zeros((pixels, channels), "float32")
-                return _over_tiles(add, zeros, geometry, output_size, at_a_time, upstream.dtype)
-
-            inputs = (ops.cast(upstream, table.dtype), first_pixel, map_size, start, size)
-            return ops.cast(ops.map(gradient_of_image, inputs), table.dtype)
-
-        pooled = ops.map(pool_image, (table, first_pixel, map_size, start, size))
+        pooled = ops.zeros((batch * regions, output_size * output_size * channels), "float32")
+        pooled = _over_tiles(add, pooled, geometry, output_size, at_a_time, table.dtype)
         return ops.cast(pooled, table.dtype), gradient
 
-    return ops.reshape(pool(table), (-1, regions, output_size, output_size, channels))
+    pooled = pool(ops.reshape(table, (-1, channels)))
+    return ops.reshape(pooled, (-1, regions, output_size, output_size, channels))
 
 
 def _over_tiles(add, total, geometry, output_size, at_a_time, dtype):
-    """Accumulates `total = add(total, ...)` over all tiles of an image, `K = at_a_time` at a time.
+    """Accumulates `total = add(total, ...)` over the tiles of all regions, `K = at_a_time` at once.
 
     `add` receives the regions, `[K]`, the indices of each tile's pixels into the table, `[K, TILE,
     TILE]`, and the weights of rows and of columns, both `[K, output_size, TILE]` in `dtype`.
@@ -112,7 +109,7 @@ def _over_tiles(add, total, geometry, output_size, at_a_time, dtype):
         tile = number + ops.arange(at_a_time, dtype="int32")
         region = ops.cast(ops.searchsorted(ends, tile, side="right"), "int32")
         # Tiles after the last belong to the last region, with weights of 0.
-        region = ops.minimum(region, start.shape[0] - 1)
+        region = ops.minimum(region, ops.shape(start)[0] - 1)
         exists = ops.cast(tile < ends[-1], "float32")[:, None, None, None]
         tile = tile - ops.take(ends - counts, region)
         tiles_in_a_row = ops.maximum(ops.take(tiles[:, 1], region), 1)

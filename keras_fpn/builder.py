@@ -140,10 +140,10 @@ def build_fpn_faster_rcnn(
         weights: weights of the whole detector: "coco" (torchvision's `fasterrcnn_resnet50_fpn`,
             37.0 AP on COCO), "coco_v2" (its `fasterrcnn_resnet50_fpn_v2`, 46.7 AP), or a file:
             `.keras`, `.weights.h5`, a state dict of torchvision (`.pth`) or Detectron2 (`.pkl`,
-            `.pth`), or an `.npz` of either. The format is detected from the file's contents; a
-            `.weights.h5` does not tell how its model is built. Torchvision's labels are COCO's 90
-            ids, ten of them unused: the names build a model of the 80 in use, and with
-            `num_classes=90` one of all. Defaults to None.
+            `.pth`; with a feature pyramid or on C4), or an `.npz` of either. The format is detected
+            from the file's contents; a `.weights.h5` does not tell how its model is built.
+            Torchvision's labels are COCO's 90 ids, ten of them unused: the names build a model of
+            the 80 in use, and with `num_classes=90` one of all. Defaults to None.
         class_names: name of every label, kept with the model. Defaults to those of `weights`.
         image_shape: height, width and 3; None for any height or width. Defaults to (None, None, 3).
         bounding_box_format: format of ground truth and detections (see `DetectionGenerator`).
@@ -480,7 +480,9 @@ def _build_pretrained(
     for stage, value in given.items():
         theirs = stages.get(stage, {})
         if classes.get(stage) is not their_classes.get(stage, STAGES.get(stage)):
-            theirs = {}
+            # The box head was made for this many bins, whichever way they are pooled.
+            bins = theirs.get("output_size") if isinstance(theirs, dict) else None
+            theirs = {} if bins is None else {"output_size": bins}
         if not isinstance(value, dict) or isinstance(theirs, dict):
             stages[stage] = {**theirs, **value} if isinstance(value, dict) else value
         elif value:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from keras_fpn.builder import STAGES
+from keras_fpn.proposals import ProposalGenerator
 from keras_fpn.weights.detectron2 import detectron2_architecture, is_detectron2
 from keras_fpn.weights.torchvision import torchvision_architecture
 
@@ -25,6 +26,8 @@ def state_dict(source, name):
         ("faster_rcnn_R_101_FPN_3x", "resnet101"),
         ("faster_rcnn_X_101_32x8d_FPN_3x", "resnext101_32x8d"),
         ("rpn_R_50_FPN_1x", "resnet50"),
+        ("faster_rcnn_R_50_C4_1x", "resnet50"),
+        ("rpn_R_50_C4_1x", "resnet50"),
     ],
 )
 def test_of_detectron2(name, backbone):
@@ -35,7 +38,42 @@ def test_of_detectron2(name, backbone):
     assert stages["resnet"]["stride_in_1x1"] == (backbone != "resnext101_32x8d")
     assert num_classes == (None if name.startswith("rpn") else 80)
     for stage, arguments in stages.items():
-        assert set(arguments) <= set(inspect.signature(STAGES[stage]).parameters)
+        if isinstance(arguments, dict):
+            assert set(arguments) <= set(inspect.signature(STAGES[stage]).parameters)
+
+
+def test_proposals_of_detectron2():
+    """Those of an RPN alone are more; on C4 they are not counted by level."""
+    found = {}
+    for name in ("faster_rcnn_R_50_FPN_1x", "rpn_R_50_FPN_1x"):
+        stages = detectron2_architecture(state_dict("detectron2", name))[2]
+        found[name] = ProposalGenerator(**stages["proposals"])
+        assert found[name].pre_nms == 1000
+        assert (found[name].training_pre_nms, found[name].training_post_nms) == (2000, 1000)
+    assert [proposals.post_nms for proposals in found.values()] == [1000, 2000]
+    for name in ("faster_rcnn_R_50_C4_1x", "rpn_R_50_C4_1x"):
+        stages = detectron2_architecture(state_dict("detectron2", name))[2]
+        found[name] = ProposalGenerator(**stages["proposals"])
+        assert (found[name].training_pre_nms, found[name].training_post_nms) == (12000, 2000)
+    numbers = [(proposals.pre_nms, proposals.post_nms) for proposals in found.values()]
+    assert numbers[2:] == [(6000, 1000), (12000, 2000)]
+
+
+def test_detectron2s_model_on_c4():
+    arrays = state_dict("detectron2", "faster_rcnn_R_50_C4_1x")
+    _, _, stages = detectron2_architecture(arrays)
+    assert stages["preprocessing"]["size_divisor"] == 1
+    assert stages["resnet"]["last_stage"] == 4
+    assert stages["pyramid"].level == "C4"
+    assert stages["anchors"]["sizes"] == ((32, 64, 128, 256, 512),)
+    assert stages["anchors"]["strides"] == (16,)
+    assert stages["roi_pooling"]["output_size"] == 14
+    head = stages["box_head"]
+    assert (head.num_classes, head.stride_in_1x1, head.normalization) == (
+        80,
+        True,
+        "frozen_batch_norm",
+    )
 
 
 def test_of_torchvision():

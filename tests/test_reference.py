@@ -1,4 +1,4 @@
-"""Every stage equals torchvision's and Detectron2's Faster R-CNN FPN with the same weights.
+"""Every stage equals torchvision's and Detectron2's Faster R-CNN with the same weights.
 
 `reference/make_reference.py` stored what torchvision gives, `make_detectron2_reference.py` what
 Detectron2 does, `reference/README.md` says what it is.
@@ -7,6 +7,7 @@ stored map's largest value; gradients are where their difference's norm is that 
 """
 
 import contextlib
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -20,21 +21,30 @@ from reference.weights import (
     as_detectron2,
     reference_image,
     reference_projection,
+    reference_shapes,
     reference_weights,
 )
-from torchvision_names import torchvision_array, torchvision_shapes, torchvision_variables
+from torchvision_names import torchvision_array, torchvision_variables
 
 import keras_fpn
-from keras_fpn.detections import DetectionGenerator
 from keras_fpn.faster_rcnn import FasterRCNN
 from keras_fpn.proposals import ProposalGenerator
 from keras_fpn.pyramid import FeaturePyramid
 from keras_fpn.roi_levels import assign_levels
 
 LEVELS = ("P2", "P3", "P4", "P5", "P6")
-INFERENCE = ("odd", "padded_batch", "small", "no_proposals", "no_detections")
+# All on one ResNet-18.
+SHARED = ("padded_batch", "small", "no_proposals", "no_detections")
 # Their detectors are built by `weights=` from a file under the names of those who made them.
-FROM_FILES = ("v2", "detectron2", "detectron2_padded_batch", "detectron2_resnext")
+FROM_FILES = (
+    "odd",
+    "detectron2",
+    "detectron2_padded_batch",
+    "detectron2_resnext",
+    "detectron2_c4",
+    "v2",
+)
+FROM_FILES_TRAINING = ("v2_train", "detectron2_train", "detectron2_c4_train")
 TRAINING = ("train", "train_no_ground_truth", "train_only_empty")
 THEIR_LOSSES = {
     "objectness_loss": "loss_objectness",
@@ -62,19 +72,13 @@ def padded_batch(config):
     return {"images": images, "image_sizes": sizes}
 
 
-def detector_with_reference_weights(backbone, **arguments):
-    model = keras_fpn.build_fpn_faster_rcnn(
-        num_classes=20, backbone=backbone, normalization="frozen_batch_norm", **arguments
-    )
-    keras_fpn.load_torchvision_weights(model, reference_weights(torchvision_shapes(model)))
-    return model
-
-
 @pytest.fixture(scope="module")
 def resnet18():
     # The samplers take all there is: at most 64 regions and 3072 anchors, less than half positive.
-    return detector_with_reference_weights(
-        "resnet18",
+    model = keras_fpn.build_fpn_faster_rcnn(
+        num_classes=20,
+        backbone="resnet18",
+        normalization="frozen_batch_norm",
         proposals={
             "pre_nms": 200,
             "post_nms": 100,
@@ -84,29 +88,37 @@ def resnet18():
         rpn_targets={"num_samples": 3072, "positive_fraction": 0.5},
         roi_targets={"num_samples": 64, "positive_fraction": 0.5},
     )
+    weights = reference_weights(reference_shapes("resnet18", 21))
+    keras_fpn.load_torchvision_weights(model, weights)
+    return model
 
 
-def detector_from_file(config, folder, **arguments):
-    """The detector that a file of the reference's weights, under its own names, leads to."""
-    version_2 = {
-        "pyramid": {"normalization": "frozen_batch_norm"},
-        "rpn_head": {"hidden_layers": 2},
-        "box_head": {
-            "convolutions": 4,
-            "normalization": "frozen_batch_norm",
-            "hidden_layers": 1,
-        },
-    }
-    plain = keras_fpn.build_fpn_faster_rcnn(
-        num_classes=20,
-        backbone=config["backbone"],
-        **(version_2 if config.get("version") == 2 else {}),
-    )
-    weights = reference_weights(torchvision_shapes(plain))
-    if "detectron2" in config:
-        weights = as_detectron2(weights, config["stem_scale"])
-    np.savez(folder / "weights.npz", **weights)
-    return keras_fpn.build_fpn_faster_rcnn(weights=folder / "weights.npz", **arguments)
+@pytest.fixture(scope="module")
+def from_file(tmp_path_factory):
+    """The model that a file of a case's weights, under the reference's names, leads to."""
+    path = tmp_path_factory.mktemp("weights") / "weights.npz"
+
+    @functools.lru_cache(maxsize=1)
+    def their_weights(backbone, version, c4):
+        return reference_weights(reference_shapes(backbone, 21, version=version, c4=c4))
+
+    @functools.cache
+    def build(backbone, version, file, stem_scale):
+        weights = their_weights(backbone, version, "C4" in file)
+        if file:
+            weights = as_detectron2(weights, stem_scale)
+        build = keras_fpn.build_fpn_faster_rcnn
+        if file.startswith("rpn"):
+            weights = {k: x for k, x in weights.items() if not k.startswith("roi_heads")}
+            build = keras_fpn.build_fpn_rpn
+        np.savez(path, **weights)
+        return build(weights=path)
+
+    def model(config):
+        default = {"version": 1, "file": "", "stem_scale": 1.0} | config
+        return build(*(default[x] for x in ("backbone", "version", "file", "stem_scale")))
+
+    return model
 
 
 @contextlib.contextmanager
@@ -120,26 +132,58 @@ def stages_replaced(model, **stages):
         setattr(model, name, stage)
 
 
-def run_stages(model, inputs, their_proposals):
+def with_arguments(stage, **arguments):
+    """A copy of a stage without weights that has other arguments."""
+    return type(stage).from_config(stage.get_config() | arguments)
+
+
+@contextlib.contextmanager
+def noted_inputs(*stages):
+    """By the names of stages, what they were last called on."""
+    inputs = {}
+
+    def noting(call):
+        def noted(self, x, *args, **kwargs):
+            inputs[self.name] = x
+            return call(self, x, *args, **kwargs)
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in stages:
+            patch.setattr(type(stage), "call", noting(type(stage).call))
+        yield inputs
+
+
+def run_stages(model, inputs, their_proposals=None):
     """The results of every piece of the forward pass, and of the reference's own proposals."""
 
-    def stages(images, sizes):
-        maps = model.backbone(model.preprocessing(images, sizes))
-        normalized, pyramid = model.extract_features(images, sizes)
+    def first_stage(images, sizes):
+        with noted_inputs(model.pyramid) as noted:
+            normalized, pyramid = model.extract_features(images, sizes)
         proposals = model.propose_regions(normalized, pyramid, sizes)
-        outputs = model.classify_regions(pyramid, proposals.boxes)
-        pooled_levels = {level: pyramid[level] for level in model.pyramid.roi_levels}
-        class_logits, box_deltas = model.classify_regions(pyramid, their_proposals)
-        return {
+        return pyramid, {
             "normalized": normalized,
-            "maps": {**maps, **pyramid},
+            "maps": {**noted["pyramid"], **pyramid},
             "objectness": proposals.objectness,
             "deltas": proposals.deltas,
             "anchors": proposals.anchors,
             "proposals": proposals.boxes,
             "scores": proposals.scores,
-            "detections": model.detections(*outputs, proposals.boxes, proposals.scores, sizes),
-            "pooled": model.roi_pooling(pooled_levels, their_proposals),
+        }
+
+    def stages(images, sizes):
+        pyramid, results = first_stage(images, sizes)
+        if their_proposals is None:
+            return results
+        proposals = results["proposals"], results["scores"]
+        outputs = model.classify_regions(pyramid, proposals[0])
+        with noted_inputs(model.box_head) as noted:
+            class_logits, box_deltas = model.classify_regions(pyramid, their_proposals)
+        return {
+            **results,
+            "detections": model.detections(*outputs, *proposals, sizes),
+            "pooled": noted["box_head"],
             "class_logits": class_logits,
             "box_deltas": box_deltas,
         }
@@ -159,50 +203,43 @@ def run_stages(model, inputs, their_proposals):
     return SimpleNamespace(**keras.tree.map_structure(convert_to_numpy, results))
 
 
-def padded_rows(stored, key, rows):
+def padded_rows(stored, key, rows=None):
     """`key`_0, `key`_1, ... of each image, with zeros after them: `[B, rows, ...]`."""
     images = [stored[f"{key}_{i}"] for i in range(sum(f"{key}_{i}" in stored for i in range(9)))]
+    rows = rows or max(1, *map(len, images))
     padded = np.zeros((len(images), rows, *images[0].shape[1:]), images[0].dtype)
     for row, image in zip(padded, images, strict=True):
         row[: len(image)] = image
     return padded, [len(image) for image in images]
 
 
-@pytest.fixture(scope="module", params=[*INFERENCE, *FROM_FILES])
-def case(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def case(request):
     """A stored case, its inputs, and what each of our stages gives for them."""
     case = load(request.param)
     case.inputs = padded_batch(case.config)
     numbers = case.config["arguments"]
-    stages = {}
-    if request.param in FROM_FILES:
-        model = detector_from_file(
-            case.config,
-            tmp_path_factory.mktemp("weights"),
-            proposals={
-                "pre_nms": numbers.get("rpn_pre_nms_top_n_test") or case.config["rpn_pre_nms"],
-                "post_nms": numbers.get("rpn_post_nms_top_n_test") or case.config["rpn_post_nms"],
-            },
-        )
+    if request.param in SHARED:
+        model = request.getfixturevalue("resnet18")
     else:
-        if case.config["backbone"] == "resnet18":
-            model = request.getfixturevalue("resnet18")
-        else:
-            model = detector_with_reference_weights(case.config["backbone"])
-        stages = {
-            "proposals": ProposalGenerator(
-                numbers.get("rpn_pre_nms_top_n_test", 1000),
-                numbers.get("rpn_post_nms_top_n_test", 1000),
-            ),
-            "detections": DetectionGenerator(numbers.get("box_score_thresh", 0.05)),
-        }
+        model = request.getfixturevalue("from_file")(case.config)
+    top_n = {
+        ours: case.config.get(f"rpn_{ours}", numbers.get(f"rpn_{ours}_top_n_test", 1000))
+        for ours in ("pre_nms", "post_nms")
+    }
+    stages = {"proposals": with_arguments(model.proposals, **top_n)}
     # Torchvision counts the background, as its first class; in Detectron2 it is the last, as here.
     case.first_label = 0 if "detectron2" in case.config else 1
+    case.roi_levels = [int(level[1:]) for level in model.pyramid.roi_levels]
+    proposals = None
+    if "box_head" in model.stage_names:
+        threshold = numbers.get("box_score_thresh", 0.05)
+        stages["detections"] = with_arguments(model.detections, score_threshold=threshold)
+        proposals, case.counts = padded_rows(case.stored, "proposals")
     bias = model.rpn_head.deltas.bias
     original = convert_to_numpy(bias)
     bias.assign(case.stored.get("weights:rpn.head.bbox_pred.bias", original))
     with stages_replaced(model, **stages):
-        proposals, case.counts = padded_rows(case.stored, "proposals", model.proposals.post_nms)
         case.ours = run_stages(model, case.inputs, proposals)
     bias.assign(original)
     return case
@@ -259,7 +296,8 @@ def assert_detections(ours, stored, first_label=1):
         assert not ours["scores"][i, count:].any()
 
 
-class TestInference:
+@pytest.mark.parametrize("case", [*SHARED, *FROM_FILES, "detectron2_rpn"], indirect=True)
+class TestFirstStage:
     def test_the_image_is_the_one_that_the_reference_saw(self, case):
         for image, (height, width), described in zip(
             *case.inputs.values(), case.config["images"], strict=True
@@ -274,8 +312,8 @@ class TestInference:
             assert_same_spread(ours, case.stored[f"{name}_mean_std"])
 
     def test_rpn_head(self, case):
-        for level in LEVELS:
-            step = case.config["delta_step"][level]
+        assert list(case.ours.objectness) == list(case.config["delta_step"])
+        for level, step in case.config["delta_step"].items():
             theirs = case.stored[f"rpn_deltas_{level}"]
             assert_relatively_close(
                 case.ours.objectness[level], case.stored[f"objectness_{level}"], 1e-4
@@ -284,8 +322,8 @@ class TestInference:
             assert_same_spread(case.ours.deltas[level], case.stored[f"rpn_deltas_{level}_mean_std"])
 
     def test_anchors_are_the_same_numbers(self, case):
-        for level in LEVELS:
-            np.testing.assert_array_equal(case.ours.anchors[level], case.stored[f"anchors_{level}"])
+        for level, anchors in case.ours.anchors.items():
+            np.testing.assert_array_equal(anchors, case.stored[f"anchors_{level}"])
 
     def test_proposals(self, case):
         for i, (boxes, scores) in enumerate(
@@ -299,6 +337,9 @@ class TestInference:
             )
             assert not boxes[~real].any()
 
+
+@pytest.mark.parametrize("case", [*SHARED, *FROM_FILES], indirect=True)
+class TestSecondStage:
     def test_pooling_and_box_head(self, case):
         def rows(x):
             return np.concatenate([x[i, :count] for i, count in enumerate(case.counts)])
@@ -320,7 +361,11 @@ class TestInference:
     def test_levels_of_the_proposals(self, case):
         proposals = [case.stored[f"proposals_{i}"] for i in range(len(case.counts))]
         levels = assign_levels(
-            np.concatenate(proposals), 2, 5, canonical_level=4, canonical_size=224
+            np.concatenate(proposals),
+            case.roi_levels[0],
+            case.roi_levels[-1],
+            canonical_level=4,
+            canonical_size=224,
         )
         levels = convert_to_numpy(levels)
         np.testing.assert_array_equal(levels, case.stored["roi_levels"])
@@ -438,28 +483,29 @@ class TestTraining:
             )
 
 
-@pytest.mark.parametrize("name", ["v2_train", "detectron2_train"])
-def test_losses_of_a_detector_from_a_file(name, tmp_path):
+@pytest.mark.parametrize("name", FROM_FILES_TRAINING)
+def test_losses_of_a_detector_from_a_file(name, from_file):
     case = load(name)
     config, arguments = case.config, case.config["arguments"]
     first_label = 0 if "detectron2" in config else 1
-    # The samplers take all there is.
-    model = detector_from_file(
-        config,
-        tmp_path,
-        proposals={
-            "training_pre_nms": 150,
-            "training_post_nms": arguments.get("rpn_post_nms_top_n_train", 60),
-        },
-        # Detectron2 divides by the number that it was to sample, torchvision by what it did.
-        rpn_targets={"num_samples": config.get("rpn_samples", 3072), "positive_fraction": 0.5},
-        roi_targets={"num_samples": 128, "positive_fraction": 0.5},
-    )
+    model = from_file(config)
+    proposals = arguments.get("rpn_post_nms_top_n_train") or config["rpn_training_post_nms"]
+    stages = {
+        "proposals": {"training_pre_nms": 150, "training_post_nms": proposals},
+        # The samplers take all there is. Detectron2 divides by the number that it was to sample,
+        # torchvision by what it did.
+        "rpn_targets": {"num_samples": config.get("rpn_samples", 3072), "positive_fraction": 0.5},
+        "roi_targets": {"num_samples": proposals + 3, "positive_fraction": 1.0},
+    }
+    stages = {
+        stage: with_arguments(getattr(model, stage), **numbers) for stage, numbers in stages.items()
+    }
     targets = {
         "boxes": case.stored["ground_truth_boxes_0"][None],
         "labels": case.stored["ground_truth_labels_0"][None] - first_label,
     }
-    losses = model.compute_losses(padded_batch(config), targets, training=True)
+    with stages_replaced(model, **stages):
+        losses = model.compute_losses(padded_batch(config), targets, training=True)
     for loss, value in losses.items():
         expected = float(case.stored[THEIR_LOSSES[loss]])
         assert float(convert_to_numpy(value)) == pytest.approx(expected, rel=1e-4, abs=0)

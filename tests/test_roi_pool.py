@@ -1,13 +1,16 @@
-"""RoI pooling equals Caffe's definition, written as loops."""
+"""RoI pooling equals torchvision's, and Caffe's definition written as loops."""
 
+import json
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 from keras.ops import convert_to_numpy
+from reference.weights import reference_features, reference_uniform
 
 from keras_fpn.roi_pool import PyramidRoIPool
 
@@ -224,6 +227,30 @@ def test_regions_are_constants(features, boxes):
         tape.watch(regions)
         total = ops.sum(PyramidRoIPool()(features, regions))
     assert tape.gradient(total, regions) is None
+
+
+def test_values_and_gradients_equal_torchvisions():
+    with np.load(Path(__file__).parent / "reference" / "roi_pool.npz") as archive:
+        stored = dict(archive)
+    config = json.loads(str(stored["config"]))
+    height, width, channels = (config[name] for name in ("height", "width", "channels"))
+    maps = {
+        f"P{level}": reference_features(
+            f"roi_pool P{level}", 2, height // 2**level, width // 2**level, channels
+        )
+        for level in range(2, 6)
+    }
+    boxes = np.stack([stored["boxes_0"], stored["boxes_1"]])
+    bins, size = config["output_size"], config["canonical_size"]
+    upstream = reference_uniform("roi_pool projection", stored["output"].shape)
+    upstream = upstream.reshape(*boxes.shape[:2], *upstream.shape[1:])
+    layer = PyramidRoIPool(bins, canonical_size=size)
+    pooled = convert_to_numpy(layer(maps, boxes))
+    np.testing.assert_array_equal(pooled.reshape(stored["output"].shape), stored["output"])
+    found = gradients(lambda maps: ops.sum(ops.multiply(layer(maps, boxes), upstream)), maps)
+    for level, gradient in found.items():
+        theirs = stored[f"gradient_{level}"]
+        np.testing.assert_allclose(convert_to_numpy(gradient), theirs, rtol=0, atol=1e-5)
 
 
 def test_config_round_trip():

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator
 
 import keras
+import numpy as np
 
 # Keras's own list of variables without values, which has no public name.
 from keras.src.backend.common import global_state
@@ -33,6 +34,21 @@ def deferred_values() -> Iterator[Callable[[], None]]:
     finally:
         # The end of any later scope gives values to all variables of the list.
         global_state.set_global_attribute(UNINITIALIZED, earlier)
+
+
+def give_first_value(variable: keras.Variable, value: np.ndarray) -> bool:
+    """Has a variable without memory start with a value, in place of one that is drawn.
+
+    Returns:
+        Whether the variable is without memory.
+    """
+    if variable._value is not None:
+        return False
+    # A copy: TensorFlow may write where the array that a variable was made from is.
+    variable._initializer = lambda shape, dtype=None: keras.ops.convert_to_tensor(
+        value.astype("float32"), dtype
+    )
+    return True
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_fpn.resnet import STAGE_BLOCKS, ResNet
 from keras_fpn.weights.checkpoints import read_checkpoint
+from keras_fpn.weights.deferred import give_first_value
 
 # Key, among the arrays of a converted file in the cache, of the first digits of the original's
 # SHA-256.
@@ -198,14 +199,18 @@ def resnet_name(blocks: tuple[int, ...], bottleneck: bool, kernel_shape: tuple[i
     """Returns the name of a ResNet or ResNeXt by its architecture.
 
     Args:
-        blocks: number of residual blocks of each of the four stages.
+        blocks: number of residual blocks of each of the four stages, or of the first three.
         bottleneck: whether a block has three convolutions rather than two.
         kernel_shape: `[out, in, 3, 3]` of the second convolution; `in` is the width of a group.
 
     Raises:
         ValueError: if no such network is known.
     """
-    depths = [d for d, b in STAGE_BLOCKS.items() if b == blocks and (d >= 50) == bottleneck]
+    depths = [
+        depth
+        for depth, of_stages in STAGE_BLOCKS.items()
+        if of_stages[: len(blocks)] == blocks and (depth >= 50) == bottleneck
+    ]
     if not depths or len(kernel_shape) != 4:
         raise ValueError(
             f"Expected the weights of a ResNet; received stages of {blocks} blocks with "
@@ -219,6 +224,8 @@ def resnet_name(blocks: tuple[int, ...], bottleneck: bool, kernel_shape: tuple[i
 
 def fit(plan: Sequence[Entry], arrays: Mapping[str, np.ndarray]) -> Callable[[], None]:
     """Checks that everything fits; of the variables, only the shapes are looked at.
+
+    Variables that have no memory yet will be allocated with their arrays.
 
     Returns:
         A function that assigns the arrays as planned.
@@ -256,9 +263,15 @@ def fit(plan: Sequence[Entry], arrays: Mapping[str, np.ndarray]) -> Callable[[],
             f"{f' and {len(misfits) - 5} more' if len(misfits) > 5 else ''}; nothing was loaded."
         )
 
+    pairs = [
+        (entry.variable, value)
+        for entry, value in zip(plan, values, strict=True)
+        if not give_first_value(entry.variable, value)
+    ]
+
     def load() -> None:
-        for entry, value in zip(plan, values, strict=True):
-            entry.variable.assign(value.astype("float32"))
+        for variable, value in pairs:
+            variable.assign(value.astype("float32"))
 
     return load
 

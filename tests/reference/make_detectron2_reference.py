@@ -1,8 +1,8 @@
-"""Makes the stored results of Detectron2's Faster R-CNN FPN that the tests compare with.
+"""Makes the stored results of Detectron2's Faster R-CNN and RPN that the tests compare with.
 
 Environment: that of make_reference.py, with Detectron2 0.6 built from its public source
              (`pip install --no-build-isolation --no-deps`, about 8 minutes on two cores).
-Command:     python tests/reference/make_detectron2_reference.py     (15 s; writes .npz files)
+Command:     python tests/reference/make_detectron2_reference.py     (20 s; writes .npz files)
 
 Every model is Detectron2's own, from its model zoo's configuration files, in float32. Weights are
 those of the torchvision model of the same shape (`weights.py`), under Detectron2's names. Images
@@ -47,14 +47,12 @@ from make_reference import (
     stored_rpn,
     worst,
 )
-from torchvision.models import resnet
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops import boxes as box_ops
 from weights import (
     as_detectron2,
     reference_features,
     reference_image,
+    reference_shapes,
     reference_uniform,
     reference_weights,
 )
@@ -65,6 +63,8 @@ ZOO = (
     "faster_rcnn_R_101_FPN_3x",
     "faster_rcnn_X_101_32x8d_FPN_3x",
     "rpn_R_50_FPN_1x",
+    "faster_rcnn_R_50_C4_1x",
+    "rpn_R_50_C4_1x",
 )
 MINIMUM_MARGIN["box delta to its target"] = 1e-4  # where the gradient of L1 jumps
 SMALL = ["MODEL.RPN.PRE_NMS_TOPK_TEST", 200, "MODEL.RPN.POST_NMS_TOPK_TEST", 100]
@@ -91,6 +91,22 @@ CASES = {
         "options": [*SMALL, "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.WIDTH_PER_GROUP", 4],
         "stem_scale": 1,
     },
+    # It pads no image: 75x101 pixels are 5x7 places of C4.
+    "detectron2_c4": {
+        "file": "faster_rcnn_R_50_C4_1x",
+        "backbone": "resnet50",
+        "images": [("detectron2 c4 23", 75, 101)],
+        "options": ["MODEL.RPN.PRE_NMS_TOPK_TEST", 200, "MODEL.RPN.POST_NMS_TOPK_TEST", 12],
+        "stem_scale": 1 / 64,
+        "pooled_channel_step": 256,
+    },
+    "detectron2_rpn": {
+        "file": "rpn_R_50_FPN_1x",
+        "backbone": "resnet18",
+        "images": [("detectron2 rpn 28", 75, 101)],
+        "options": [*SMALL, "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64],
+        "stem_scale": 1 / 64,
+    },
 }
 # The gradients of stem and C2 are none: its configuration fixes them.
 TRAINING = {
@@ -114,6 +130,26 @@ TRAINING = {
             *("MODEL.ROI_HEADS.POSITIVE_FRACTION", 0.5),
         ],
         "stem_scale": 1 / 64,
+    },
+    "detectron2_c4_train": {
+        "file": "faster_rcnn_R_50_C4_1x",
+        "backbone": "resnet50",
+        "images": [("detectron2 c4 train 3", 64, 90)],
+        "ground_truth": [
+            [16.25, 4.25, 75.5, 57.25],
+            [13, 24, 49.75, 55.25],
+            [52.75, 9.5, 82.75, 61.25],
+        ],
+        "labels": [2, 19, 0],
+        "options": [
+            *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 150, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20),
+            *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 307, "MODEL.RPN.POSITIVE_FRACTION", 0.5),
+            *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", TAKE_ALL),
+            *("MODEL.ROI_HEADS.POSITIVE_FRACTION", 0.5),
+        ],
+        "stem_scale": 1 / 64,
+        # Millions of its ReLUs' inputs are nearer to zero than rounding.
+        "gradients": False,
     },
 }
 # Their names in torchvision, under which they are stored.
@@ -148,11 +184,13 @@ def build(case):
         case["file"], "MODEL.ROI_HEADS.NUM_CLASSES", NUM_CLASSES - 1, *case["options"]
     )
     model = build_model(config).eval()
-    body = getattr(resnet, case["backbone"])(weights=None)
-    same = FasterRCNN(_resnet_fpn_extractor(body, 5), num_classes=NUM_CLASSES)
-    shapes = {name: tuple(value.shape) for name, value in same.state_dict().items()}
+    shapes = reference_shapes(case["backbone"], NUM_CLASSES, c4="C4" in case["file"])
     weights = as_detectron2(reference_weights(shapes), case["stem_scale"])
-    weights = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in weights.items()}
+    weights = {
+        name: torch.from_numpy(np.ascontiguousarray(x))
+        for name, x in weights.items()
+        if hasattr(model, name.split(".")[0])
+    }
     missing, unexpected = model.load_state_dict(weights, strict=False)
     # Its own numbers, which are in its state dict beside the weights.
     assert not unexpected, unexpected
@@ -168,21 +206,24 @@ def run(model, case, dtype=torch.float32, training=False):
     def note(name):
         return lambda module, inputs, output: record.__setitem__(name, output)
 
+    bottom_up = getattr(model.backbone, "bottom_up", model.backbone)
     hooked = {
-        "C": model.backbone.bottom_up,
+        **{stage: getattr(bottom_up, stage) for stage in bottom_up.stage_names},
         "P": model.backbone,
         "rpn_head": model.proposal_generator.rpn_head,
         "anchors": model.proposal_generator.anchor_generator,
         "proposed": model.proposal_generator,
-        "pooled": model.roi_heads.box_pooler,
-        "predictor": model.roi_heads.box_predictor,
     }
+    if has_regions(model):
+        pooler = getattr(model.roi_heads, "box_pooler", None) or model.roi_heads.pooler
+        hooked |= {"pooled": pooler, "predictor": model.roi_heads.box_predictor}
     handles = [module.register_forward_hook(note(name)) for name, module in hooked.items()]
-    handles.append(
-        model.roi_heads.box_pooler.register_forward_pre_hook(
-            lambda module, inputs: record.__setitem__("rois", [x.tensor for x in inputs[1]])
+    if has_regions(model):
+        handles.append(
+            pooler.register_forward_pre_hook(
+                lambda module, inputs: record.__setitem__("rois", [x.tensor for x in inputs[1]])
+            )
         )
-    )
     predict_proposals = model.proposal_generator._decode_proposals
     model.proposal_generator._decode_proposals = lambda anchors, deltas: record.setdefault(
         "decoded_boxes", predict_proposals(anchors, deltas)
@@ -201,7 +242,11 @@ def run(model, case, dtype=torch.float32, training=False):
             output = model(inputs)
     else:
         with torch.no_grad(), nms_in_float32():
-            output = model.inference(inputs, do_postprocess=False)
+            output = (
+                model.inference(inputs, do_postprocess=False)
+                if has_regions(model)
+                else model(inputs)
+            )
     for handle in handles:
         handle.remove()
     model.proposal_generator._decode_proposals = predict_proposals
@@ -210,11 +255,15 @@ def run(model, case, dtype=torch.float32, training=False):
     proposals = [instances.proposal_boxes.tensor for instances in proposed]
     record["logits"] = [instances.objectness_logits for instances in proposed]
     record["proposals"] = proposals, [logits.sigmoid() for logits in record["logits"]]
-    record["features"] = [record["P"][f"p{level[1]}"] for level in LEVELS]
-    record["C"] = {f"C{i}": record["C"][f"res{i}"] for i in range(2, 6)}
+    record["features"] = list(record["P"].values())
+    record["levels"] = [f"P{name[-1]}" for name in record["P"]]
+    record["C"] = {f"C{stage[-1]}": record[stage] for stage in bottom_up.stage_names}
     record["anchors"] = [boxes.tensor for boxes in record["anchors"]]
     if training:
         record["output"] = {LOSSES[name]: output[name] for name in LOSSES}
+        return record
+    if not has_regions(model):
+        record["rois"], record["output"] = proposals, []
         return record
     record["output"] = [
         {
@@ -225,6 +274,10 @@ def run(model, case, dtype=torch.float32, training=False):
         for instances in output
     ]
     return record
+
+
+def has_regions(model):
+    return hasattr(model, "roi_heads")
 
 
 def in_the_order_of(record, exact):
@@ -244,10 +297,11 @@ def in_the_order_of(record, exact):
         for part in exact["proposals"]
     ]
     counts = [len(order) for order in orders]
-    exact["predictor"] = [
-        torch.cat([rows[order] for rows, order in zip(part.split(counts), orders, strict=True)])
-        for part in exact["predictor"]
-    ]
+    if "predictor" in exact:
+        exact["predictor"] = [
+            torch.cat([rows[order] for rows, order in zip(part.split(counts), orders, strict=True)])
+            for part in exact["predictor"]
+        ]
     return exact
 
 
@@ -298,11 +352,13 @@ def watched_relu(margins):
     return mock.patch.object(torch.nn.functional, "relu_", noted)
 
 
-def levels_of(rois):
-    return assign_boxes_to_levels([Boxes(part) for part in rois], 2, 5, 224, 4) + 2
+def levels_of(rois, levels=LEVELS):
+    lowest, highest = int(levels[0][1]), min(int(levels[-1][1]), 5)
+    boxes = [Boxes(part) for part in rois]
+    return assign_boxes_to_levels(boxes, lowest, highest, 224, 4) + lowest
 
 
-def stored_rois(record):
+def stored_rois(record, channel_step=POOLED_CHANNEL_STEP):
     rois = torch.cat(record["rois"])
     largest = torch.argsort(box_ops.box_area(rois), descending=True)[:8].numpy()
     spread = np.linspace(0, len(rois) - 1, POOLED_ROIS - 8).astype(np.int32)
@@ -310,9 +366,9 @@ def stored_rois(record):
     class_logits, deltas = record["predictor"]
     pooled = record["pooled"]
     return {
-        "roi_levels": numbers(levels_of(record["rois"]), np.int32),
+        "roi_levels": numbers(levels_of(record["rois"], record["levels"]), np.int32),
         "sampled_rois": sampled,
-        "pooled": numbers(pooled.permute(0, 2, 3, 1)[sampled][..., ::POOLED_CHANNEL_STEP]),
+        "pooled": numbers(pooled.permute(0, 2, 3, 1)[sampled][..., ::channel_step]),
         "pooled_mean_std": mean_and_std(pooled),
         "class_logits": numbers(class_logits),
         "box_deltas": numbers(deltas[sampled]),
@@ -323,13 +379,19 @@ def stored_rois(record):
 def inference_case(name, case):
     config, model = build(case)
     record = run(model, case)
-    stored, steps = stored_features(record)
+    levels, step = record["levels"], case.get("pooled_channel_step", POOLED_CHANNEL_STEP)
+    if levels == ["P4"]:  # C4 itself.
+        stored, steps = stored_features(record | {"features": []}, [])
+    else:
+        stored, steps = stored_features(record)
     # stored_rpn splits one image's anchors by their numbers a level.
     counts = [len(boxes) for boxes in record["anchors"]]
     stored |= stored_rpn(
-        record | {"anchors": [torch.cat(record["anchors"])], "decoded": (None, None, counts)}
+        record | {"anchors": [torch.cat(record["anchors"])], "decoded": (None, None, counts)},
+        levels,
     )
-    stored |= stored_rois(record)
+    if has_regions(model):
+        stored |= stored_rois(record, step)
     for i, detections in enumerate(record["output"]):
         stored[f"detection_boxes_{i}"] = numbers(detections["boxes"])
         stored[f"detection_scores_{i}"] = numbers(detections["scores"])
@@ -337,28 +399,31 @@ def inference_case(name, case):
     stored |= configuration(
         case | {"arguments": {}},
         channel_step=steps,
-        delta_step=DELTA_STEP,
-        pooled_channel_step=POOLED_CHANNEL_STEP,
-        padded_size=padded_size(case),
+        delta_step={level: DELTA_STEP[level] for level in levels},
+        pooled_channel_step=step,
+        padded_size=padded_size(model, case),
         rpn_pre_nms=config.MODEL.RPN.PRE_NMS_TOPK_TEST,
         rpn_post_nms=config.MODEL.RPN.POST_NMS_TOPK_TEST,
         **described(case),
     )
     topk = config.MODEL.RPN.PRE_NMS_TOPK_TEST, config.MODEL.RPN.POST_NMS_TOPK_TEST
-    margins = rpn_margins(config, record, *topk) | detection_margins(config, model, record)
+    margins = rpn_margins(config, record, *topk)
+    if has_regions(model):
+        margins |= detection_margins(config, model, record)
     exact = in_the_order_of(record, run(model, case, torch.float64))
     differences = compare(record, exact)
     for ours, theirs in zip(record["output"], exact["output"], strict=True):
         assert torch.equal(ours["labels"], theirs["labels"]), "float64 detects otherwise"
         for key, part in (("detection box (px)", "boxes"), ("detection score", "scores")):
             differences[key] = worst(differences, key, ours[part], theirs[part])
-    rois = torch.cat(record["rois"])
-    sides = (rois[:, 2:] - rois[:, :2]) / 2.0 ** levels_of(record["rois"])[:, None]
     found = {
         "proposals": [len(boxes) for boxes in record["rois"]],
         "detections": [len(detections["boxes"]) for detections in record["output"]],
-        "most points a bin": [int(n) for n in torch.ceil(sides / 7).max(dim=0).values],
     }
+    if has_regions(model):
+        rois, bins = torch.cat(record["rois"]), record["pooled"].shape[-1]
+        sides = (rois[:, 2:] - rois[:, :2]) / 2.0 ** levels_of(record["rois"], levels)[:, None]
+        found["most points a bin"] = [int(n) for n in torch.ceil(sides / bins).max(dim=0).values]
     save(name, stored, margins, differences, found)
 
 
@@ -371,9 +436,10 @@ def described(case):
     }
 
 
-def padded_size(case):
+def padded_size(model, case):
     sides = zip(*[image[1:] for image in case["images"]], strict=True)
-    return [int(np.ceil(max(side) / 32) * 32) for side in sides]
+    divisor = model.backbone.size_divisibility or 1
+    return [int(np.ceil(max(side) / divisor) * divisor) for side in sides]
 
 
 def training_case(name, case):
@@ -381,8 +447,10 @@ def training_case(name, case):
     record = run(model, case, training=True)
     counts = [len(boxes) for boxes in record["anchors"]]
     anchors = torch.cat(record["anchors"])
-    stored = stored_rpn(record | {"anchors": [anchors], "decoded": (None, None, counts)})
-    stored |= stored_rois(record)
+    stored, has_gradients = {}, case.get("gradients", True)
+    if has_gradients:
+        stored |= stored_rpn(record | {"anchors": [anchors], "decoded": (None, None, counts)})
+        stored |= stored_rois(record)
     for key in [key for key in stored if key.startswith(("anchors_", "rpn_deltas_"))]:
         del stored[key]
     boxes, rois = Boxes(torch.tensor(case["ground_truth"])), record["rois"][0]
@@ -413,34 +481,38 @@ def training_case(name, case):
 
     losses = record["output"]
     stored |= {loss: numbers(value) for loss, value in losses.items()}
-    stored["loss_gradient_norms"] = np.array(
-        [
-            [float(torch.linalg.vector_norm(gradient.double())) for gradient in gradients]
-            for gradients in (
-                torch.autograd.grad(
-                    loss, record["features"], retain_graph=True, materialize_grads=True
+    gradients = {}
+    if has_gradients:
+        stored["loss_gradient_norms"] = np.array(
+            [
+                [float(torch.linalg.vector_norm(gradient.double())) for gradient in gradients]
+                for gradients in (
+                    torch.autograd.grad(
+                        loss, record["features"], retain_graph=True, materialize_grads=True
+                    )
+                    for loss in losses.values()
                 )
-                for loss in losses.values()
-            )
-        ]
-    )
-    gradients = parameter_gradients(model, record)
-    stored |= stored_gradients(gradients)
+            ]
+        )
+        gradients = parameter_gradients(model, record)
+        stored |= stored_gradients(gradients)
     pre, post = config.MODEL.RPN.PRE_NMS_TOPK_TRAIN, config.MODEL.RPN.POST_NMS_TOPK_TRAIN
     stored |= configuration(
         case | {"arguments": {}},
-        padded_size=padded_size(case),
+        padded_size=padded_size(model, case),
         rpn_training_pre_nms=pre,
         rpn_training_post_nms=post,
         rpn_samples=config.MODEL.RPN.BATCH_SIZE_PER_IMAGE,
         pooled_channel_step=POOLED_CHANNEL_STEP,
         losses=list(losses),
-        levels=LEVELS,
+        levels=record["levels"],
         gradient_names=list(gradients),
         **described(case),
     )
-    margins = record["kinks"] | rpn_margins(config, record, pre, post)
-    smallest(margins, "box delta to its target", torch.cat(list(errors.values())))
+    margins = rpn_margins(config, record, pre, post)
+    if has_gradients:
+        margins |= record["kinks"]
+        smallest(margins, "box delta to its target", torch.cat(list(errors.values())))
     iou = pairwise_iou(boxes, Boxes(anchors))
     best = iou.max(dim=0).values
     to_thresholds = torch.stack([best - 0.7, best - 0.3])
@@ -454,11 +526,12 @@ def training_case(name, case):
     for loss, value in losses.items():
         exact_value = float(exact["output"][loss].detach())
         differences[f"{loss} (relative)"] = abs(float(value.detach()) / exact_value - 1)
-    differences["gradient (relative, worst parameter)"] = max(
-        float(torch.linalg.vector_norm(gradients[parameter].double() - gradient))
-        / float(torch.linalg.vector_norm(gradient))
-        for parameter, gradient in parameter_gradients(model, exact).items()
-    )
+    if has_gradients:
+        differences["gradient (relative, worst parameter)"] = max(
+            float(torch.linalg.vector_norm(gradients[parameter].double() - gradient))
+            / float(torch.linalg.vector_norm(gradient))
+            for parameter, gradient in parameter_gradients(model, exact).items()
+        )
     found = {
         "losses": {loss: round(float(value.detach()), 6) for loss, value in losses.items()},
         "anchors": sampled,
@@ -496,6 +569,8 @@ def rpn_margins(config, record, pre, post):
         smallest(margins, "proposal score gap that NMS relies on", gap)
         if len(kept) > post:
             smallest(margins, "objectness at the post-NMS cut", kept[post - 1] - kept[post])
+    if len(record["levels"]) == 1:
+        return margins
     rois = torch.cat(record["rois"]).double()
     level = 4 + torch.log2(box_ops.box_area(rois).sqrt() / 224)
     smallest(margins, "RoI level", level[level > 1.5] - level[level > 1.5].round())

@@ -34,7 +34,7 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor, r
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_pool
 from torchvision.ops import boxes as box_ops
 from weights import (
     reference_features,
@@ -286,10 +286,10 @@ def mean_and_std(tensor):
     return np.array([values.mean(), values.std()]) if values.size else np.zeros(2)
 
 
-def stored_features(record):
+def stored_features(record, levels=LEVELS):
     stored, steps = {}, {}
-    maps = dict(zip(("C2", "C3", "C4", "C5"), record["C"].values(), strict=True))
-    maps |= dict(zip(LEVELS, record["features"], strict=True))
+    maps = {f"C{i}": x for i, x in enumerate(record["C"].values(), start=2)}
+    maps |= dict(zip(levels, record["features"], strict=True))
     for name, feature in maps.items():
         steps[name] = feature.shape[1] // CHANNELS_KEPT[name[1]]
         stored[name] = numbers(feature.permute(0, 2, 3, 1)[..., :: steps[name]])
@@ -297,15 +297,15 @@ def stored_features(record):
     return stored, steps
 
 
-def stored_rpn(record):
+def stored_rpn(record, levels=LEVELS):
     stored = {}
-    for name, logits, deltas in zip(LEVELS, *record["rpn_head"], strict=True):
+    for name, logits, deltas in zip(levels, *record["rpn_head"], strict=True):
         step = DELTA_STEP[name]
         stored[f"objectness_{name}"] = numbers(logits.permute(0, 2, 3, 1))
         stored[f"rpn_deltas_{name}"] = numbers(deltas.permute(0, 2, 3, 1)[:, ::step, ::step])
         stored[f"rpn_deltas_{name}_mean_std"] = mean_and_std(deltas)
     counts = record["decoded"][2]
-    for name, anchors in zip(LEVELS, record["anchors"][0].split(counts), strict=True):
+    for name, anchors in zip(levels, record["anchors"][0].split(counts), strict=True):
         stored[f"anchors_{name}"] = numbers(anchors)
     for i, (boxes, scores) in enumerate(zip(*record["proposals"], strict=True)):
         stored[f"proposals_{i}"], stored[f"proposal_scores_{i}"] = numbers(boxes), numbers(scores)
@@ -593,6 +593,83 @@ def roi_align_case():
     save("roi_align", stored, {}, differences, counts)
 
 
+def roi_pool_case():
+    """roi_pool on each level of two 256x320 frames, with RoIs of every size and place."""
+    height, width, channels, bins = 256, 320, 2, 7
+    features = {
+        level: torch.from_numpy(
+            reference_features(
+                f"roi_pool P{level}", 2, height // 2**level, width // 2**level, channels
+            )
+        )
+        .permute(0, 3, 1, 2)
+        .requires_grad_()
+        for level in range(2, 6)
+    }
+    hard = [
+        [0, 0, 320, 256],  # the whole frame
+        [0, 100, 320, 104],
+        [10, 0, 14, 256],
+        [2, 2, 6, 6],  # halves of P2's pixels, which are rounded up
+        [-10, -6, 42, 30],  # halves below 0, which are rounded down
+        [30, 40, 30, 40],  # a point
+        [60, 50, 20, 10],  # turned around
+        [-300, -200, -250, -150],  # outside altogether: every bin is empty
+        [400, 300, 500, 380],
+        [-80, 100, 420, 140],  # over both sides
+        [-300, -200, 900, 500],
+        [300, 230, 360, 300],
+        [12.5, 13.25, 12.75, 13.5],
+    ]
+    draws = (reference_uniform("roi_pool boxes", (35, 4)).astype(np.float64) + 1) / 2
+    sides = 4 + 296 * draws[:, 2:] ** 2
+    corners = draws[:, :2] * np.maximum([width, height] - sides, 1)
+    random = np.round(np.concatenate([corners, corners + sides], axis=1) * 4) / 4
+    boxes = np.float32(np.concatenate([hard, random]))
+    area = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1, dtype=np.float64)
+    level = np.clip(np.floor(4 + np.log2(np.sqrt(np.maximum(area, 1e-6)) / 112)), 2, 5).astype(int)
+    # With a rounded edge of a bin, one would be a pixel larger: no pixels / 7 * 7 is rounded up.
+    whole = np.floor(np.abs(boxes) / 2.0 ** level[:, None] + 0.5) * np.sign(boxes)
+    side = np.maximum(whole[:, 2:] - whole[:, :2] + 1, 1)[:, :, None]
+    index = np.arange(bins + 1)
+    rounded = index.astype(np.float32) * (np.float32(side) / np.float32(bins))
+    for edge in (np.floor, np.ceil):
+        same = edge(rounded) == edge(index * side / bins)
+        assert same.all(), boxes[~same.all(axis=(1, 2))]
+    image = (np.arange(len(boxes)) >= 24).astype(np.float32)
+    output = torch.zeros(len(boxes), channels, bins, bins)
+    exact = output.double()
+    for one, feature in features.items():
+        rows = np.flatnonzero(level == one)
+        regions = torch.from_numpy(np.concatenate([image[rows, None], boxes[rows]], axis=1))
+        pooled = roi_pool(feature, regions, bins, 0.5**one)
+        output = output.index_copy(0, torch.from_numpy(rows), pooled)
+        pooled = roi_pool(feature.detach().double(), regions.double(), bins, 0.5**one)
+        exact = exact.index_copy(0, torch.from_numpy(rows), pooled)
+    projection = torch.from_numpy(
+        reference_uniform("roi_pool projection", (len(output), bins, bins, channels))
+    )
+    (output.permute(0, 2, 3, 1) * projection).sum().backward()
+    stored = {
+        "boxes_0": boxes[:24],
+        "boxes_1": boxes[24:],
+        "levels": np.int32(level),
+        "output": numbers(output.permute(0, 2, 3, 1)),
+    }
+    for one, feature in features.items():
+        gradient = numbers(feature.grad.permute(0, 2, 3, 1), np.float64)
+        stored[f"gradient_P{one}"] = gradient.astype(np.float32)
+    stored |= configuration(
+        {}, height=height, width=width, channels=channels, canonical_size=112, output_size=bins
+    )
+    counts = {
+        "RoIs a level": np.bincount(level)[2:].tolist(),
+        "empty bins": int((stored["output"] == 0).all(-1).sum()),
+    }
+    differences = {"pooled": float((output - exact).abs().max().detach())}
+    save("roi_pool", stored, {}, differences, counts)
+
+
 def parts_case():
     """Box coding, matching, NMS, clipping, the loss and the sampler's counts, on hard inputs."""
     stored = {}
@@ -763,9 +840,10 @@ def compare(record, exact):
         for ours, theirs in zip(record["proposals"][part], exact["proposals"][part], strict=True):
             assert ours.shape == theirs.shape, "float64 proposes otherwise"
             differences[key] = worst(differences, key, ours, theirs)
-    differences["class logits"] = worst(
-        {}, "", record["predictor"][0].detach(), exact["predictor"][0].detach()
-    )
+    if "predictor" in record:
+        differences["class logits"] = worst(
+            {}, "", record["predictor"][0].detach(), exact["predictor"][0].detach()
+        )
     return differences
 
 
@@ -983,6 +1061,7 @@ def main():
     anchors_case()
     parts_case()
     roi_align_case()
+    roi_pool_case()
     for name, case in INFERENCE.items():
         inference_case(name, case)
     for name, case in TRAINING.items():

@@ -49,10 +49,88 @@ def _weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     # differs between places.
     integers = _integers(name, shape).reshape(shape[0], -1)
     fan_in = integers.shape[1]
-    centred = integers - integers.sum(axis=1, keepdims=True, dtype=np.int64) / float(fan_in)
+    values = integers - integers.sum(axis=1, keepdims=True, dtype=np.int64) / float(fan_in)
     gain = next((gain for layer, gain in _GAINS.items() if layer in name), 2.0**0.5)
-    scale = gain * (3.0 / fan_in) ** 0.5 / _HALF_RANGE
-    return (centred * scale).astype(np.float32).reshape(shape)
+    values *= gain * (3.0 / fan_in) ** 0.5 / _HALF_RANGE
+    return values.astype(np.float32).reshape(shape)
+
+
+# Blocks of the four stages, channels of C2, and the groups of a bottleneck's 3x3 convolution and
+# their width.
+_RESNETS = {
+    "resnet18": ((2, 2, 2, 2), 64, 1, 64),
+    "resnet50": ((3, 4, 6, 3), 256, 1, 64),
+    "resnext50_32x4d": ((3, 4, 6, 3), 256, 32, 4),
+}
+
+
+def reference_shapes(
+    backbone: str, num_classes: int, *, version: int = 1, c4: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of torchvision's Faster R-CNN.
+
+    `num_classes` counts the background. Version 2 is that of `fasterrcnn_resnet50_fpn_v2`. With
+    `c4` they are those of Detectron2's C4 model, which torchvision has not, under names that it
+    would have: 15 anchors on C4, and `layer4` as the box head.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def layer(name, *kernel, bias=True):
+        shapes[f"{name}.weight"] = kernel
+        if bias:
+            shapes[f"{name}.bias"] = kernel[:1]
+
+    def norm(name, channels):
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.{part}"] = (channels,)
+
+    blocks, out, groups, group_width = _RESNETS[backbone]
+    layer("backbone.body.conv1", 64, 3, 7, 7, bias=False)
+    norm("backbone.body.bn1", 64)
+    channels = []
+    before, width = 64, groups * group_width
+    for stage, count in enumerate(blocks, start=1):
+        for block in range(count):
+            name = f"backbone.body.layer{stage}.{block}"
+            kernels = [(width, before, 1), (width, width // groups, 3), (out, width, 1)]
+            if backbone == "resnet18":
+                kernels = [(out, before, 3), (out, out, 3)]
+            for i, (outputs, inputs, size) in enumerate(kernels, start=1):
+                layer(f"{name}.conv{i}", outputs, inputs, size, size, bias=False)
+                norm(f"{name}.bn{i}", outputs)
+            if block == 0 and (stage > 1 or before != out):
+                layer(f"{name}.downsample.0", out, before, 1, 1, bias=False)
+                norm(f"{name}.downsample.1", out)
+            before = out
+        channels.append(out)
+        out, width = 2 * out, 2 * width
+
+    rpn_channels, anchors = (channels[2], 15) if c4 else (256, 3)
+    for i in range(version):
+        layer(f"rpn.head.conv.{i}.0", rpn_channels, rpn_channels, 3, 3)
+    layer("rpn.head.cls_logits", anchors, rpn_channels, 1, 1)
+    layer("rpn.head.bbox_pred", 4 * anchors, rpn_channels, 1, 1)
+    predictor_channels = channels[3] if c4 else 1024
+    layer("roi_heads.box_predictor.cls_score", num_classes, predictor_channels)
+    layer("roi_heads.box_predictor.bbox_pred", 4 * num_classes, predictor_channels)
+    if c4:
+        return shapes
+    convolutions = [
+        (f"backbone.fpn.{kind}_blocks.{i}", 256, inputs, size, size)
+        for i, of_stage in enumerate(channels)
+        for kind, inputs, size in (("inner", of_stage, 1), ("layer", 256, 3))
+    ]
+    if version == 2:
+        convolutions += [(f"roi_heads.box_head.{i}", 256, 256, 3, 3) for i in range(4)]
+        layer("roi_heads.box_head.5", 1024, 256 * 7 * 7)
+    else:
+        layer("roi_heads.box_head.fc6", 1024, 256 * 7 * 7)
+        layer("roi_heads.box_head.fc7", 1024, 1024)
+    for name, *kernel in convolutions:
+        layer(f"{name}.0", *kernel, bias=version == 1)
+        if version == 2:
+            norm(f"{name}.1", 256)
+    return shapes
 
 
 def reference_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -127,8 +205,16 @@ def as_detectron2(weights: dict[str, np.ndarray], stem_scale: float) -> dict[str
     """Weights of a torchvision Faster R-CNN FPN as Detectron2's model of the same shape has them.
 
     Its background is the last class and has no box. `stem_scale` multiplies the first kernel: most
-    of its models do not divide pixels by their deviation.
+    of its models do not divide pixels by their deviation. Without a feature pyramid they are those
+    of its C4 model, whose last stage is the box head.
     """
+    names = _DETECTRON2_NAMES
+    c4 = not any(name.startswith("backbone.fpn.") for name in weights)
+    if c4:
+        names = (
+            *((pattern, new.replace(".bottom_up.", ".")) for pattern, new in names),
+            (r"^backbone\.res5\.", "roi_heads.res5."),
+        )
     renamed = {}
     for name, value in weights.items():
         if name == "backbone.body.conv1.weight":
@@ -137,7 +223,10 @@ def as_detectron2(weights: dict[str, np.ndarray], stem_scale: float) -> dict[str
             value = np.roll(value, -1, axis=0)
         elif name.startswith("roi_heads.box_predictor.bbox_pred"):
             value = value[4:]
-        for pattern, replacement in _DETECTRON2_NAMES:
+        if c4 and name.startswith("roi_heads.box_predictor") and name.endswith("weight"):
+            # The mean over a region's pixels differs less from region to region.
+            value = value * np.float32(2.5)
+        for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
         renamed[name] = value
     return renamed

@@ -1,10 +1,16 @@
 """Detectron2's weights: the detector that computes as it does, and every array in its place."""
 
+import pickle
 import warnings
 
 import numpy as np
 import pytest
-from detectron2_names import detectron2_array, detectron2_shapes, detectron2_variables
+from detectron2_names import (
+    detectron2_array,
+    detectron2_shapes,
+    detectron2_variables,
+    zoo_shapes,
+)
 from small_detector import small_detector
 
 import keras_fpn
@@ -173,9 +179,68 @@ def test_other_anchors_are_refused(weights):
 
 
 def test_another_architecture_is_refused(weights, tmp_path):
-    c4 = {name: x for name, x in weights.items() if "fpn" not in name}
+    no_pyramid = {name: x for name, x in weights.items() if "fpn" not in name}
     with pytest.raises(ValueError, match=r"received weights without backbone\.fpn_lateral2"):
-        keras_fpn.build_fpn_faster_rcnn(weights=save(c4, tmp_path / "c4.npz"))
+        keras_fpn.build_fpn_faster_rcnn(weights=save(no_pyramid, tmp_path / "c4.npz"))
     masks = weights | {"roi_heads.mask_head.mask_fcn1.weight": np.zeros(1, "float32")}
     with pytest.raises(ValueError, match=r"1 unexpected \(roi_heads\.mask_head\.mask_fcn1\.weight"):
         keras_fpn.build_fpn_faster_rcnn(weights=save(masks, tmp_path / "masks.npz"))
+
+
+class TestC4:
+    """Models without a pyramid, whose box head is the ResNet's last stage."""
+
+    @pytest.fixture
+    def build(self, tmp_path, monkeypatch):
+        """Builds a model of arrays of a shape, of which no file is written."""
+
+        def build(shapes, **arguments):
+            zeros = {name: np.broadcast_to(np.float32(0), x) for name, x in shapes.items()}
+            monkeypatch.setattr("keras_fpn.weights.pretrained.read_checkpoint", lambda path: zeros)
+            (tmp_path / "c4.pkl").write_bytes(b"read by the line above")
+            return keras_fpn.build_fpn_faster_rcnn(weights=tmp_path / "c4.pkl", **arguments)
+
+        return build
+
+    def test_an_rpn_alone(self, tmp_path):
+        random = np.random.default_rng(0)
+        shapes = zoo_shapes("rpn_R_50_C4_1x")
+        weights = {name: random.random(x, "float32") + 0.5 for name, x in shapes.items()}
+        contents = {"model": weights, "__author__": "Detectron2 Model Zoo"}
+        (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(contents))
+        with pytest.warns(UserWarning, match="without a checksum") as warned:
+            rpn = keras_fpn.build_fpn_rpn(weights=tmp_path / "model_final.pkl")
+        assert len(warned) == 1
+        assert detectron2_shapes(rpn) == shapes
+        assert_holds(rpn, weights)
+        assert (rpn.backbone.last_stage, rpn.backbone.frozen_stages) == (4, 2)
+        assert rpn.anchors.anchors_per_location == 15
+
+    def test_max_pooling_in_place_of_its_own_has_as_many_bins(self, build):
+        model = build(zoo_shapes("faster_rcnn_R_50_C4_1x"), pooling="max")
+        assert type(model.roi_pooling) is keras_fpn.PyramidRoIPool
+        assert model.roi_pooling.output_size == 14
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"backbone.res5.0.conv1.weight": (512, 1024, 1, 1)},
+                r"without backbone\.fpn_lateral2",
+            ),
+            (
+                {"proposal_generator.rpn_head.objectness_logits.weight": (9, 1024, 1, 1)},
+                r"objectness_logits\.weight \(9, 1024, 1, 1\) for \(1, 1, 1024, 15\)",
+            ),
+            (
+                {"proposal_generator.anchor_generator.cell_anchors.0": (15, 4)},
+                "size 32, 64, 128, 256, 512 .*; received the cell anchors",
+            ),
+            ({"roi_heads.res5.2.conv1.weight": None}, r"missing \(roi_heads\.res5\.2\.conv1"),
+        ],
+        ids=["C5 in the backbone", "9 anchors", "other anchors", "a shorter head"],
+    )
+    def test_another_architecture_is_refused(self, build, changes, message):
+        shapes = zoo_shapes("faster_rcnn_R_50_C4_1x") | changes
+        with pytest.raises(ValueError, match=message):
+            build({name: shape for name, shape in shapes.items() if shape is not None})
