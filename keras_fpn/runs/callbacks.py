@@ -87,6 +87,10 @@ class RunContext:
         """Steps between two points of a curve: about a thousand points, however long the run."""
         return max(5, self.total_steps // 1000)
 
+    def is_due(self, every: int) -> bool:
+        """Whether one of the steps since the last call of `on_step` is a multiple of `every`."""
+        return self.state.steps % every < self.recipe.steps_per_execution
+
     def loss_means(self) -> list[keras.Variable]:
         """Returns the variables of the losses' means over the epoch."""
         return [variable for metric in self.model.metrics for variable in metric.variables]
@@ -122,7 +126,10 @@ class RunCallback(keras.callbacks.Callback):
             self.on_step(logs)
 
     def on_step(self, logs: dict) -> None:
-        """Called after each training step of this process, with the means over the epoch."""
+        """Called with the means over the epoch after each training step of this process.
+
+        With `steps_per_execution`, after as many steps.
+        """
 
 
 def run_callbacks(run: RunContext) -> list[RunCallback]:
@@ -142,7 +149,7 @@ def run_callbacks(run: RunContext) -> list[RunCallback]:
 class MeasureSteps(RunCallback):
     """Measures learning rate and speed, and shows them with the remaining time.
 
-    The speed is that of the last 50 steps; the remaining time does not include evaluations.
+    The speed is that of the last 50 executions; the remaining time does not include evaluations.
     """
 
     def __init__(self, run: RunContext):
@@ -159,7 +166,8 @@ class MeasureSteps(RunCallback):
             keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)
         )
         if len(self.times) > 1:
-            seconds = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+            steps = (len(self.times) - 1) * self.run.recipe.steps_per_execution
+            seconds = (self.times[-1] - self.times[0]) / steps
             logs["images_per_second"] = self.run.recipe.batch_size / seconds
             logs["minutes_left"] = (self.run.total_steps - self.run.state.steps) * seconds / 60
         self.run.step = {**self.model.last_step, **_rates(logs)}
@@ -185,23 +193,29 @@ class StopOnNaN(RunCallback):
         if not hasattr(self.model.optimizer, "dynamic_scale"):
             # With a loss scale, an overflowing gradient is skipped and the scale lowered.
             names.append("gradient_norm")
-        # A `train_step` of its own may not report all of them.
-        wrong = [name for name in names if not np.isfinite(self.run.step.get(name, 0.0))]
-        if not wrong:
+        # A `train_step` of its own may not report all of them. The values are those of the last
+        # step of an execution; of the steps before it, the means tell.
+        values = [(self.run.step.get(name, 0.0), logs.get(name, 0.0)) for name in names]
+        is_finite = np.isfinite(np.array(values, float)).all(axis=-1)
+        if is_finite.all():
             return
-        step = self.run.state.steps
-        inputs, targets = next(iter(self.run.batches(start_step=step).take(1)))
-        ids = [int(image_id) for image_id in targets["image_ids"]]
-        file = self.run.output / f"nan-step-{step}.npz"
-        if self.run.is_writer:
-            arrays = {name: np.asarray(value) for name, value in {**inputs, **targets}.items()}
-            content = io.BytesIO()
-            np.savez_compressed(content, **arrays)
-            write_bytes(file, content.getvalue())
+        wrong = [name for name, finite in zip(names, is_finite, strict=True) if not finite]
+        first, count = self.run.state.steps, self.run.recipe.steps_per_execution
+        ids, files = [], []
+        for batch in self.run.batches(start_step=first).take(count):
+            inputs, targets = batch
+            ids += [int(image_id) for image_id in targets["image_ids"]]
+            files.append(self.run.output / f"nan-step-{first + len(files)}.npz")
+            if self.run.is_writer:
+                arrays = {name: np.asarray(value) for name, value in {**inputs, **targets}.items()}
+                content = io.BytesIO()
+                np.savez_compressed(content, **arrays)
+                write_bytes(files[-1], content.getvalue())
+        steps = f"step {first}" if count == 1 else f"one of the steps {first}..{first + count - 1}"
         raise FloatingPointError(
-            f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} NaN or infinite at step "
-            f"{step}, with the images of ids {ids}. The batch is saved to {file}; inspect it, or "
-            "try a lower --learning-rate or --clip-norm 10. The last checkpoint is from before."
+            f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} NaN or infinite at {steps}"
+            f", with the images of ids {ids}. Inspect {', '.join(map(str, files))}, or try a lower "
+            "--learning-rate or --clip-norm 10. The last checkpoint is from before."
         )
 
 
@@ -219,11 +233,11 @@ class SaveCheckpoints(RunCallback):
 
     def on_step(self, logs):
         state = self.run.state
-        state.steps += 1
-        if state.steps % self.run.log_every == 0:
+        state.steps += self.run.recipe.steps_per_execution
+        if self.run.is_due(self.run.log_every):
             state.curves.append({"step": state.steps, **self.run.step})
         stop = self._stop_of_any_worker()
-        if stop or state.steps % self.run.recipe.checkpoint_steps == 0:
+        if stop or self.run.is_due(self.run.recipe.checkpoint_steps):
             self.run.save_checkpoint()
         if stop:
             raise Interrupted(stop, state.steps)
@@ -305,7 +319,7 @@ class WriteTensorBoard(RunCallback):
         self.images = run.evaluation.dataset.read_images(drawn)
 
     def on_step(self, logs):
-        if self.run.state.steps % self.run.log_every:
+        if not self.run.is_due(self.run.log_every):
             return
         with self._writing(), self.writer.as_default(self.run.state.steps):
             for name, value in self.run.step.items():

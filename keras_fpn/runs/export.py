@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the program."""
     options = parse(Options, arguments, "export", __doc__)
     from keras_fpn.runs.run_folder import evaluation_edges, load_detector
+    from keras_fpn.runs.run_state import writing
     from keras_fpn.serving.saved_model import export_saved_model
 
     with exits_on_bad_input():
@@ -61,18 +62,20 @@ def main(arguments: list[str] | None = None) -> None:
         class_names = configuration.get("class_names") if options.class_names else None
         if options.class_names and class_names is None:
             raise ValueError(f"--class-names: {options.model!r} has no class names.")
-        export_saved_model(
-            model,
-            options.output,
-            **evaluation_edges(configuration, options.shorter_edge, options.longest_edge),
-            frozen=options.frozen,
-            precision=options.precision,
-            class_names=class_names,
-            errors_as_output=options.errors_as_output,
-            max_images=options.max_images,
-            max_pixels=options.max_pixels,
-            warm_up=options.warm_up,
-        )
+        edges = evaluation_edges(configuration, options.shorter_edge, options.longest_edge)
+        with writing(options.output):
+            export_saved_model(
+                model,
+                options.output,
+                **edges,
+                frozen=options.frozen,
+                precision=options.precision,
+                class_names=class_names,
+                errors_as_output=options.errors_as_output,
+                max_images=options.max_images,
+                max_pixels=options.max_pixels,
+                warm_up=options.warm_up,
+            )
     files = [path for path in options.output.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     print(f"{options.output}: {model.num_classes} classes, {size / 1e6:.0f} MB")

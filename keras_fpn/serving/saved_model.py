@@ -1,6 +1,7 @@
 """Export as a SavedModel for TensorFlow Serving: from files or pixels to boxes."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -109,6 +110,7 @@ def export_saved_model(
         ValueError: if an argument is out of range, or resized images would not fit in the shape
             that the model was built for.
         FileExistsError: if `path` exists.
+        OSError: if a file cannot be written, for example on a full disk; nothing remains of `path`.
     """
     if keras.backend.backend() != "tensorflow":
         raise NotImplementedError(
@@ -133,7 +135,7 @@ def export_saved_model(
             f"'models/detector/1'; it will not load {str(path)!r}.",
             stacklevel=2,
         )
-    with _appears_complete(path) as folder:
+    with _appears_complete(path) as folder, _os_errors(path):
         copy = _inference_copy(model, precision)
         signatures = _signatures(
             copy,
@@ -398,10 +400,24 @@ def _appears_complete(path: Path):
     try:
         yield folder
         if os.path.lexists(path):
-            raise FileExistsError(f"{str(path)!r} was created in the meantime.")
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         folder.rename(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _os_errors(path: Path):
+    """Raises TensorFlow's errors of files as what they are, errors of the operating system."""
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.OpError as error:
+        for number in errno.errorcode:
+            if f"; {os.strerror(number)}" in error.message:
+                raise OSError(number, os.strerror(number), str(path)) from error
+        raise
 
 
 def _save(signatures: dict, variables: Sequence[keras.Variable], folder: Path) -> None:
@@ -425,8 +441,14 @@ def _model_config(folder: Path) -> str:
 
 
 def _write_where_missing(path: Path, text: str) -> None:
-    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        pass
+    except OSError:
+        path.unlink(missing_ok=True)  # It would never be written over.
+        raise
 
 
 # === Warm-up ===

@@ -1,13 +1,12 @@
 """Callbacks on a model that takes no steps; with steps, they are in test_programs.py."""
 
-import contextlib
 import json
-import resource
 import types
 
 import keras
 import numpy as np
 import pytest
+from full_disk import no_file_grows
 from small_detector import tiny_detector
 
 from keras_fpn.data.coco_metrics import COCO_METRICS, CocoEvaluation
@@ -25,13 +24,19 @@ from keras_fpn.runs.recipes import Recipe
 from keras_fpn.runs.run_state import RunState, checkpoints
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A run of two epochs that keeps a moving average, whose evaluations return set APs."""
-    (tmp_path / "checkpoints").mkdir()
+@pytest.fixture(scope="module")
+def model():
+    """A model whose weights no test changes."""
     model = tiny_detector()
     model.compile(SGDWithL2(0.1, use_ema=True), jit_compile=False)
     model.optimizer.build(model.trainable_variables)
+    return model
+
+
+@pytest.fixture
+def run(tmp_path, model):
+    """A run of two epochs that keeps a moving average, whose evaluations return set APs."""
+    (tmp_path / "checkpoints").mkdir()
     aps = iter([0.5, 0.25])
 
     def evaluate():
@@ -83,6 +88,31 @@ def test_steps_of_an_earlier_process_are_not_counted(run):
     assert (run.state.steps, file.name) == (4, "step-00000004.keras")
 
 
+def test_the_steps_of_an_execution_are_counted_and_saved_together(run, monkeypatch):
+    saved = []
+    monkeypatch.setattr(RunContext, "save_checkpoint", lambda run: saved.append(run.state.steps))
+    run.recipe = Recipe(epochs=2, batch_size=2, steps_per_execution=4, checkpoint_steps=6)
+    run.state.steps = 0
+    callback = start(SaveCheckpoints(run), run.model)
+    for _ in range(4):
+        callback.on_train_batch_end(0, {"loss": 1.0})
+    # After steps 6 and 12; the curve has points after steps 5, 10 and 15.
+    assert saved == [8, 12]
+    assert [point["step"] for point in run.state.curves] == [8, 12, 16]
+
+
+def test_a_nan_within_an_execution_ends_the_run_with_all_of_its_batches(run):
+    run.recipe = Recipe(epochs=2, batch_size=2, steps_per_execution=2)
+    batches = [({}, {"image_ids": np.array([number])}) for number in (41, 42, 43)]
+    run.batches = lambda start_step: types.SimpleNamespace(take=lambda n: batches[:n])
+    run.step = {"box_loss": 1.0}  # Of the last step.
+    with pytest.raises(FloatingPointError, match=r"box_loss is .* steps 3\.\.4, .*\[41, 42\]"):
+        start(StopOnNaN(run), run.model).on_train_batch_end(1, {"box_loss": np.nan})
+    for step, image_id in ((3, 41), (4, 42)):
+        with np.load(run.output / f"nan-step-{step}.npz") as saved:
+            assert saved["image_ids"].tolist() == [image_id]
+
+
 def test_a_step_that_failed_is_neither_counted_nor_saved(run, monkeypatch):
     monkeypatch.setattr(RunContext, "is_writer", False)
     classes = [type(callback) for callback in run_callbacks(run)]
@@ -99,15 +129,17 @@ def test_a_step_that_failed_is_neither_counted_nor_saved(run, monkeypatch):
         ("scaled", "class_loss", True),
     ],
 )
-def test_a_nan_ends_the_run_unless_a_loss_scale_handles_it(run, optimizer, name, is_failure):
+def test_a_nan_ends_the_run_unless_a_loss_scale_handles_it(
+    run, optimizer, name, is_failure, monkeypatch
+):
     images = {"images": np.zeros((1, 8, 8, 3)), "image_sizes": np.array([[8, 8]])}
     batch = types.SimpleNamespace(take=lambda n: [(images, {"image_ids": np.array([41])})])
     run.batches = lambda start_step: batch
     run.step = dict.fromkeys([*run.model.loss_names, "gradient_norm"], 1.0) | {name: np.inf}
     if optimizer == "scaled":
         scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
-        run.model.compile(scaled, jit_compile=False)
-        run.model.optimizer.build(run.model.trainable_variables)
+        scaled.build(run.model.trainable_variables)
+        monkeypatch.setattr(run.model, "optimizer", scaled)
     callback = start(StopOnNaN(run), run.model)
     if not is_failure:
         callback.on_train_batch_end(0, {"loss": 1.0})
@@ -116,17 +148,6 @@ def test_a_nan_ends_the_run_unless_a_loss_scale_handles_it(run, optimizer, name,
         callback.on_train_batch_end(0, {"loss": 1.0})
     with np.load(run.output / "nan-step-3.npz") as saved:
         assert saved["image_ids"].tolist() == [41]
-
-
-@contextlib.contextmanager
-def no_file_grows():
-    """Files of this process cannot grow, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_named_while_tensorboards_file_is_made_and_written(run):

@@ -1,12 +1,15 @@
 """The program export on the folder of a run."""
 
+import errno
 import json
+import os
+import shutil
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from small_detector import small_detector
+from small_detector import two_level_detector
 
 from keras_fpn.runs import export
 from keras_fpn.serving import saved_model
@@ -20,7 +23,7 @@ def run(tmp_path_factory):
     keras.utils.set_random_seed(0)
     folder = tmp_path_factory.mktemp("runs") / "first"
     (folder / "checkpoints").mkdir(parents=True)
-    small_detector().save(folder / "checkpoints" / "best.keras")
+    two_level_detector().save(folder / "checkpoints" / "best.keras")
     recipe = {"evaluation_shorter_edge": 48, "longest_edge": 64}
     (folder / "config.json").write_text(json.dumps({"class_names": CLASS_NAMES, "recipe": recipe}))
     return folder
@@ -36,7 +39,9 @@ def test_a_run_becomes_a_served_model_with_its_sizes_and_class_names(run, tmp_pa
     answer = tf.saved_model.load(str(output)).signatures["serving_default"](
         images=tf.constant(image)
     )
-    wanted = keras.saving.load_model(run / "checkpoints" / "best.keras").predict(image, verbose=0)
+    model = keras.saving.load_model(run / "checkpoints" / "best.keras")
+    model.run_eagerly = True  # Tracing takes longer than a batch.
+    wanted = model.predict(image, verbose=0)
     np.testing.assert_allclose(answer["detection_scores"], wanted["scores"], atol=1e-4)
     np.testing.assert_allclose(
         answer["detection_boxes"] * np.array([48, 64, 48, 64]),
@@ -75,6 +80,15 @@ def test_options_are_those_of_the_exporter(run, tmp_path, monkeypatch):
     ]
 
 
+def test_a_full_disk_ends_in_one_sentence(run, tmp_path, monkeypatch):
+    def fail(model, path, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(saved_model, "export_saved_model", fail)
+    with pytest.raises(SystemExit, match=r"^error: .*/1 could not be written: the disk is full; "):
+        export.main(["--model", str(run), "--output", str(tmp_path / "1")])
+
+
 def test_bad_input_ends_in_one_sentence(run, tmp_path):
     with pytest.raises(SystemExit, match=r"--output .*exists"):
         export.main(["--model", str(run), "--output", str(tmp_path)])
@@ -84,6 +98,6 @@ def test_bad_input_ends_in_one_sentence(run, tmp_path):
     with pytest.raises(SystemExit, match=r"longest_edge.*-5"):
         export.main(["--model", str(run), "--output", output, "--longest-edge", "-5"])
     nameless = tmp_path / "nameless.keras"
-    small_detector().save(nameless)
+    shutil.copy(run / "checkpoints" / "best.keras", nameless)
     with pytest.raises(SystemExit, match=r"--class-names: .*nameless\.keras'"):
         export.main(["--model", str(nameless), "--output", output, "--class-names"])

@@ -13,17 +13,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def requests(shapes=SHAPES):
-    random = np.random.RandomState(0)
-    for batch, height, width in shapes:
-        pixels = random.randint(0, 256, (batch, height, width, 3)).astype("float32")
-        sizes = np.tile(np.array([[height, width]], "int32"), (batch, 1))
-        yield {"images": pixels, "image_sizes": sizes}
+def batch(count, height, width):
+    pixels = np.random.RandomState(0).randint(0, 256, (count, height, width, 3))
+    sizes = np.tile(np.array([[height, width]], "int32"), (count, 1))
+    return {"images": pixels.astype("float32"), "image_sizes": sizes}
 
 
-def assert_answers(answer, model, inputs):
-    """Holds the outputs of a runtime against `predict`."""
-    wanted = model.predict(inputs, verbose=0)
+def assert_answers(answer, wanted):
+    """Holds the outputs of a runtime against those of `predict`."""
     assert wanted["num_detections"].min() > 0
     for name in ("labels", "num_detections"):
         np.testing.assert_array_equal(answer[name], wanted[name])
@@ -40,19 +37,26 @@ def detector():
     return model
 
 
-def test_onnx_answers_for_images_of_any_size(detector, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def predictions(detector):
+    """Batches, and what `predict` returns for them."""
+    batches = [batch(*shape) for shape in SHAPES]
+    return [(inputs, detector.predict(inputs, verbose=0)) for inputs in batches]
+
+
+def test_onnx_answers_for_images_of_any_size(detector, predictions, tmp_path, monkeypatch):
     for package in ("onnx", "tf2onnx"):
         pytest.importorskip(package, reason=f"{package}, which exports to ONNX, is not installed")
     runtime = pytest.importorskip(
         "onnxruntime", reason="onnxruntime, which runs ONNX files, is not installed"
     )
-    # Copying the graph before each of its optimizations takes most of the time.
-    monkeypatch.setattr("tf2onnx.constants.ENV_TF2ONNX_CATCH_ERRORS", "FALSE")
+    # tf2onnx would copy the graph before each of its optimizations, in case that one fails.
+    monkeypatch.setenv("TF2ONNX_CATCH_ERRORS", "")
     detector.export(tmp_path / "detector.onnx", format="onnx", verbose=False)
     session = runtime.InferenceSession(str(tmp_path / "detector.onnx"))
     names = [output.name for output in session.get_outputs()]
-    for inputs in requests():
-        assert_answers(dict(zip(names, session.run(None, inputs), strict=True)), detector, inputs)
+    for inputs, wanted in predictions:
+        assert_answers(dict(zip(names, session.run(None, inputs), strict=True)), wanted)
 
 
 def litert_runner(model, path):
@@ -66,15 +70,15 @@ def litert_runner(model, path):
     return interpreter.Interpreter(model_path=str(path)).get_signature_runner()
 
 
-def test_litert_answers_for_images_of_any_size(detector, tmp_path):
+def test_litert_answers_for_images_of_any_size(detector, predictions, tmp_path):
     answer = litert_runner(detector, tmp_path / "detector.tflite")
-    for inputs in requests():
-        assert_answers(answer(**inputs), detector, inputs)
+    for inputs, wanted in predictions:
+        assert_answers(answer(**inputs), wanted)
 
 
 def test_litert_answers_for_images_of_one_size(tmp_path):
     model = two_level_detector(image_shape=(64, 96, 3))
     model.run_eagerly = True
     answer = litert_runner(model, tmp_path / "detector.tflite")
-    for inputs in requests([(1, 64, 96), (2, 64, 96)]):
-        assert_answers(answer(**inputs), model, inputs)
+    for inputs in (batch(1, 64, 96), batch(2, 64, 96)):
+        assert_answers(answer(**inputs), model.predict(inputs, verbose=0))

@@ -1,6 +1,5 @@
 """A request to a SavedModel is bounded, and a bad file in it can leave the others their answers."""
 
-import io
 import pathlib
 import struct
 import zlib
@@ -9,9 +8,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
+from answers import MAX_IMAGES, MAX_PIXELS
+from data_sets import encode
 from pixels import noise
-from small_detector import tiny_detector
 
 from keras_fpn.serving.saved_model import export_saved_model
 
@@ -20,38 +19,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 HEIGHT, WIDTH = 40, 50
-MAX_IMAGES = 3
-MAX_PIXELS = 3 * HEIGHT * WIDTH
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A model whose bad files are answered in the output `error`."""
-    keras.utils.set_random_seed(0)
-    path = tmp_path_factory.mktemp("models") / "detector" / "1"
-    export_saved_model(
-        tiny_detector(),
-        path,
-        shorter_edge=64,
-        longest_edge=96,
-        class_names=("bolt", "nut", "washer"),
-        errors_as_output=True,
-        max_images=MAX_IMAGES,
-        max_pixels=MAX_PIXELS,
-        warm_up=False,
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def signatures(exported):
-    return tf.saved_model.load(str(exported)).signatures
+def signatures(signatures_with_options):
+    """Of a model whose bad files are answered in the output `error`."""
+    return signatures_with_options
 
 
 def png(seed=0, height=HEIGHT, width=WIDTH):
-    stream = io.BytesIO()
-    Image.fromarray(noise(height, width, seed)).save(stream, "PNG")
-    return stream.getvalue()
+    return encode(noise(height, width, seed))
 
 
 def claiming(height, width):
@@ -132,8 +109,8 @@ def test_too_many_pixels_in_memory_fail(signatures):
         signatures["serving_default"](images=images)
 
 
-def test_a_server_batches_no_more_images_than_the_limit(exported):
-    parameters = (exported.parent / "batching_parameters.txt").read_text()
+def test_a_server_batches_no_more_images_than_the_limit(exported_with_options):
+    parameters = (exported_with_options.parent / "batching_parameters.txt").read_text()
     assert f"max_batch_size {{ value: {MAX_IMAGES} }}" in parameters
 
 
@@ -155,8 +132,8 @@ def test_the_example_clients_print_why_a_file_was_refused(
 @pytest.mark.parametrize(
     "limit", [{"max_images": 0}, {"max_images": 1.5}, {"max_pixels": 4799}, {"max_pixels": 2**63}]
 )
-def test_limits_out_of_range_are_refused(tmp_path, limit):
+def test_limits_out_of_range_are_refused(detector, tmp_path, limit):
     [(name, value)] = limit.items()
     with pytest.raises(ValueError, match=rf"`{name}` .*received {value}\."):
-        export_saved_model(tiny_detector(), tmp_path / "1", **limit)
+        export_saved_model(detector, tmp_path / "1", **limit)
     assert list(tmp_path.iterdir()) == []
