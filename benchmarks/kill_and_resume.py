@@ -1,14 +1,19 @@
-"""Kills a run at random, resumes it each time, and compares it with one left alone.
+r"""Kills a run at random, resumes it each time, and compares it with one left alone.
 
     python benchmarks/kill_and_resume.py --output /tmp/kills --kills 20
     python benchmarks/kill_and_resume.py --output /tmp/workers --kills 2 --workers 2
+    python benchmarks/kill_and_resume.py --output /tmp/small --steps-per-execution 4 \
+        --average-decay 0.99 --precision float16 --backbone resnet10 --resnet.width 16 \
+        --pyramid.channels 16 --box-head.hidden-dim 32 --shorter-edges 64 --longest-edge 64 \
+        --evaluation-shorter-edge 64 --validation-split "validation[:8]" --evaluate-every 2 \
+        --batch-size 2 --images-per-epoch 160 --epochs 10 --checkpoint-steps 8
 
 Two runs of the demo recipe train on the demo data set. One is left alone. The other is killed with
 SIGKILL, half of the times at a random moment after its start and half of the times while it writes
 a checkpoint, and resumed with the same command. With several workers, on loopback, one is killed,
 and the time until the others end by themselves is measured. Finally every array of both last
-checkpoints is compared bit for bit: weights, moving statistics, momentum, step count and seeds.
-Unknown options are passed to `keras-fpn train`.
+checkpoints is compared bit for bit: weights, moving statistics, moving averages, momentum, loss
+scale, step count and seeds. Unknown options are passed to `keras-fpn train`.
 """
 
 import argparse

@@ -80,7 +80,7 @@ class AnchorGenerator(Float32Stage):
             Level name to `[h * w * anchors_per_location, 4]` float32 xyxy pixels of the padded
             batch: row by row, at each location size by size, the aspect ratio changing fastest.
         """
-        self._check_levels(features)
+        self.check_levels(features)
         image_shape = ops.shape(images)
         anchors = {}
         for index, (level, feature) in enumerate(features.items()):
@@ -98,7 +98,7 @@ class AnchorGenerator(Float32Stage):
         return anchors
 
     def compute_output_shape(self, images_shape, features_shape) -> dict:
-        self._check_levels(features_shape)
+        self.check_levels(features_shape)
 
         def count(shape):
             known = shape[1] is not None and shape[2] is not None
@@ -106,7 +106,12 @@ class AnchorGenerator(Float32Stage):
 
         return {level: (count(shape), 4) for level, shape in features_shape.items()}
 
-    def _check_levels(self, features):
+    def check_levels(self, features: Mapping) -> None:
+        """Checks that there are sizes for each level.
+
+        Raises:
+            ValueError: if `features` has more or fewer levels than `sizes`.
+        """
         if len(features) != len(self.sizes):
             raise ValueError(
                 "AnchorGenerator must have one entry in `sizes` for each feature map; received "

@@ -344,8 +344,9 @@ def test_every_argument_of_a_stage_is_checked(stage, argument):
     ],
 )
 def test_what_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         keras_fpn.build_fpn_faster_rcnn(**({"backbone": "resnet18"} | arguments))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

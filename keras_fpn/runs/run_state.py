@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _STATE_FILE = "training_state.json"
 _CHECKPOINT = re.compile(r"step-(\d+)\.keras")
 # What reading a damaged archive raises; a RecursionError is a RuntimeError.
-_DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, KeyError, TypeError)
+_DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
+_DAMAGES += (KeyError, TypeError)
 
 
 @dataclasses.dataclass

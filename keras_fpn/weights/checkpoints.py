@@ -146,6 +146,8 @@ def check_members(archive: zipfile.ZipFile, file_size: int) -> None:
     """Refuses an archive whose members overlap, or may unpack to far more than the file's size."""
     members = sorted(archive.infolist(), key=lambda member: member.header_offset)
     ends = [member.header_offset for member in members[1:]] + [archive.start_dir]
+    if members and members[0].header_offset < 0:
+        raise Refused(f"{DAMAGED}: a member of the archive is said to precede the file")
     for member, end in zip(members, ends, strict=True):
         # 30 bytes of header precede a member's name and contents.
         if member.header_offset + 30 + len(member.orig_filename) + member.compress_size > end:

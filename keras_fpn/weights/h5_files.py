@@ -88,9 +88,11 @@ def _arrays(file: h5py.File, size: int) -> dict[str, h5py.Dataset]:
                 todo.append((f"{prefix}{name}/", item))
                 continue
             with damage(*H5_DAMAGE):
-                if not isinstance(link, h5py.HardLink) or item.external or item.is_virtual:
+                is_array = isinstance(item, h5py.Dataset)
+                is_here = isinstance(link, h5py.HardLink)
+                if not is_here or (is_array and (item.external or item.is_virtual)):
                     raise Refused(f"has {shown(prefix + name)} in another place or file")
-                if item.shape is None or item.dtype.kind not in "fiubV":
+                if not is_array or item.shape is None or item.dtype.kind not in "fiubV":
                     raise Refused(f"has {shown(prefix + name)}, which is no array of numbers")
                 claimed += math.prod(item.shape) * item.dtype.itemsize
             arrays[prefix + name] = item

@@ -104,6 +104,12 @@ def test_a_damaged_checkpoint_is_refused_with_what_to_do(tmp_path):
     last.write_bytes(content[:100])
     with pytest.raises(ValueError, match=r"resume from .*step-00000001\.keras"):
         read_checkpoint(model, last)
+    # The directory of the archive, said to be where it would begin before the file.
+    end = content.rindex(b"PK\5\6") + 18
+    content[end] += 1
+    last.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step-00000002\.keras cannot be read"):
+        read_checkpoint(model, last)
     assert read_checkpoint(model, first).steps == 1
 
 

@@ -112,6 +112,7 @@ def test_a_million_classes_without_their_weights_take_no_memory(trained, tmp_pat
             "claim to unpack to 1074",
         ),
         (replace("box_head/deltas/vars/1", data="text"), "deltas/vars/1, which is no array"),
+        (lambda file: file.update({"x": np.dtype("f4")}), "x, which is no array"),
         (lambda file: file.update({"box_head/x": h5py.SoftLink("/optimizer")}), "x in another pl"),
         (lambda file: file.update({"x": h5py.ExternalLink("/etc/passwd", "/")}), "x in another pl"),
         (lambda file: file.update({"box_head/x": file["/"]}), "more than 32 deep"),

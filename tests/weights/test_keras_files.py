@@ -46,6 +46,7 @@ CRAFTED = {
     "a missing stage": lambda config: config["config"].pop("rpn_head"),
     "an unknown stage": lambda config: config["config"].update(wings={}),
     "a stage that is text": lambda config: config["config"].update(pyramid="resnet"),
+    "a stage of no class": lambda config: config["config"]["rpn_loss"].pop("class_name"),
     "no stages": put(config=None),
     "stages in a list": put(config=[]),
     "an unknown class": put(class_name="X", registered_name="X", module=None),
@@ -88,6 +89,18 @@ def test_weights_that_do_not_fit_the_config_are_refused(members, written):
     stage("box_head", hidden_dim=33)(config)
     with pytest.raises(ValueError, match=r"crafted\.keras' has weights that do not fit its config"):
         load_keras_file(written(json.dumps(config)))
+
+
+def test_a_member_before_the_beginning_of_the_file_is_refused(members, written):
+    path = written(members["config.json"])
+    content = bytearray(path.read_bytes())
+    # Where the directory of the archive should be, at 16 of the record that ends it.
+    end = content.rindex(b"PK\5\6") + 16
+    offset = int.from_bytes(content[end : end + 4], "little")
+    content[end : end + 4] = (offset + 1000).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"crafted\.keras' is damaged"):
+        load_keras_file(path)
 
 
 def test_a_changed_weight_is_refused(members, written):
