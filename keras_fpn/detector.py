@@ -12,11 +12,14 @@ from keras_fpn.matcher import real_objects
 from keras_fpn.replicas import num_replicas
 from keras_fpn.typing import Tensor
 from keras_fpn.validation import (
+    check_batch,
     check_image_shape,
     check_inputs,
+    check_structure,
     check_target_structure,
     check_training_data,
     did_you_mean,
+    is_in_memory,
 )
 
 
@@ -78,7 +81,7 @@ class Detector(keras.Model):
         **stages: one layer for each of `stage_names`.
 
     Raises:
-        TypeError: if a stage is missing or unknown.
+        TypeError: if a stage is missing, unknown or not a layer.
         ValueError: if `image_shape` or `class_names` do not fit.
     """
 
@@ -108,6 +111,9 @@ class Detector(keras.Model):
 
         # === Layers ===
         for stage in self.stage_names:
+            if not isinstance(stages[stage], keras.layers.Layer):
+                received = type(stages[stage]).__name__
+                raise TypeError(f"`{stage}` must be a layer; received a {received}.")
             setattr(self, stage, stages[stage])
         self.loss_metrics = [keras.metrics.Mean(name=n) for n in ("loss", *self.loss_names)]
         self.loss_weights: dict[str, float] | None = None
@@ -187,6 +193,8 @@ class Detector(keras.Model):
             training: whether to use the numbers of proposals for training.
         """
         features = {level: features[level] for level in self.pyramid.rpn_levels}
+        # Here, since Keras adds lines to what a layer's call raises.
+        self.anchors.check_levels(features)
         objectness, deltas = self.rpn_head(features)
         anchors = self.anchors(images, features)
         for level, logits in objectness.items():
@@ -222,8 +230,8 @@ class Detector(keras.Model):
 
     def predict(self, x, *args, **kwargs) -> dict:
         """Detects as `keras.Model.predict` does; images in memory are checked first."""
-        if isinstance(x, dict) or hasattr(x, "__array__"):
-            check_inputs(x, self.image_shape, self.takes_proposals)
+        if is_in_memory(x):
+            check_batch(self, x)
         return super().predict(x, *args, **kwargs)
 
     def prepare_inputs(self, inputs) -> dict:
@@ -392,14 +400,12 @@ class Detector(keras.Model):
             **kwargs: as in `keras.Model.fit`.
 
         Raises:
-            ValueError: for data that cannot be right (see `keras_fpn.validation`), and for sample
-                or class weights, which are not supported.
+            ValueError, TypeError: for data that cannot be right (see `keras_fpn.validation`), and
+                for sample or class weights, which are not supported.
             NotImplementedError: on another backend than TensorFlow.
         """
         _require_tensorflow()
-        for argument in ("sample_weight", "class_weight"):
-            if kwargs.get(argument) is not None:
-                raise ValueError(f"`{argument}` is not supported; received one.")
+        _refuse_weights(kwargs)
         check_training_data(self, x, y)
         if isinstance(validation_data, tuple):
             check_training_data(self, *validation_data)
@@ -407,6 +413,28 @@ class Detector(keras.Model):
             check_training_data(self, validation_data, None)
         self._steps_to_skip = initial_step
         return super().fit(x, y, *args, validation_data=validation_data, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, **kwargs) -> Any:
+        """Computes the losses as `keras.Model.evaluate` does; `x` and `y` are as in `fit`.
+
+        Raises:
+            ValueError, TypeError: for another structure; for weights, as in `fit`.
+        """
+        _refuse_weights(kwargs)
+        check_structure(self, x, y)
+        return super().evaluate(x, y, *args, **kwargs)
+
+    def train_on_batch(self, x, y=None, **kwargs) -> Any:
+        """Takes a step as `keras.Model.train_on_batch` does; errors as in `evaluate`."""
+        _refuse_weights(kwargs)
+        check_structure(self, x, y)
+        return super().train_on_batch(x, y, **kwargs)
+
+    def test_on_batch(self, x, y=None, **kwargs) -> Any:
+        """Computes losses as `keras.Model.test_on_batch` does; errors as in `evaluate`."""
+        _refuse_weights(kwargs)
+        check_structure(self, x, y)
+        return super().test_on_batch(x, y, **kwargs)
 
     @property
     def last_step(self) -> dict[str, float]:
@@ -454,10 +482,11 @@ class Detector(keras.Model):
         steps = tensorflow_step.function_of_iterator(self, self.train_step)
 
         def train_function(iterator):
-            if self._steps_to_skip > 0:
-                self._steps_to_skip -= 1
+            skipped = min(self._steps_to_skip, self.steps_per_execution)
+            self._steps_to_skip -= skipped
+            if skipped == self.steps_per_execution:
                 return {}
-            logs, self._last_step = steps(iterator)
+            logs, self._last_step = steps(iterator, self.steps_per_execution - skipped)
             return logs
 
         self.train_function = train_function
@@ -468,7 +497,7 @@ class Detector(keras.Model):
         from keras_fpn import tensorflow_step
 
         steps = tensorflow_step.function_of_iterator(self, self.test_step)
-        self.test_function = lambda iterator: steps(iterator)[0]
+        self.test_function = lambda iterator: steps(iterator, self.steps_per_execution)[0]
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         # Under a strategy, Keras builds from a batch reduced over the replicas, which fails on
@@ -538,6 +567,12 @@ class Detector(keras.Model):
         copy = type(self).from_config(self.get_config())
         copy.set_weights(self.get_weights())
         return copy
+
+
+def _refuse_weights(kwargs):
+    for argument in ("sample_weight", "class_weight"):
+        if kwargs.get(argument) is not None:
+            raise ValueError(f"`{argument}` is not supported; received one.")
 
 
 def _require_tensorflow():

@@ -60,7 +60,7 @@ def _batch_size(inputs):
 
 
 def function_of_iterator(model, step: Callable) -> Callable:
-    """Returns a function that takes `steps_per_execution` steps with the batches of an iterator.
+    """Returns a function that takes a number of steps with the batches of an iterator.
 
     Keras's own reduces the replicas' logs in a way that fails on several workers (keras issue
     20585). Here logs have been summed over the replicas by the step, so any replica's will do.
@@ -70,7 +70,8 @@ def function_of_iterator(model, step: Callable) -> Callable:
         step: the model's `train_step` or `test_step`.
 
     Returns:
-        Function from an iterator to `(logs, monitored)` of the last step.
+        Function from an iterator and the number of steps to `(logs, monitored)` of the last one;
+        with fewer batches, as many steps.
     """
     strategy = model.distribute_strategy
 
@@ -112,10 +113,10 @@ def function_of_iterator(model, step: Callable) -> Callable:
             return step_on_iterator(iterator)
         return step_on_replicas(checked(next(iterator)))
 
-    def steps(iterator):
+    def steps(iterator, number):
         try:
             outputs = one_step(iterator)
-            for _ in range(model.steps_per_execution - 1):
+            for _ in range(number - 1):
                 try:
                     outputs = one_step(iterator)
                 except (StopIteration, tf.errors.OutOfRangeError):
@@ -133,7 +134,8 @@ def check_values(model, data) -> tuple:
     """Returns a batch that fails to be computed where training would silently go wrong.
 
     Only the values are checked that a step, unlike the first batch of `fit`, cannot check for free
-    in Python: pixels are finite, labels are integers from -1 to those of the last class.
+    in Python: there is an image, pixels are finite, labels are integers from -1 to those of the
+    last class.
     """
     # Without a graph, `train_on_batch` passes arrays.
     data = tf.nest.map_structure(lambda x: x if x is None else tf.convert_to_tensor(x), data)
@@ -148,6 +150,10 @@ def check_values(model, data) -> tuple:
     first = tf.boolean_mask(targets["labels"], wrong)[:1]
     checks = [
         tf.debugging.Assert(
+            tf.shape(images)[0] > 0,
+            [f"{_REFUSED}A batch must have at least one image; received none."],
+        ),
+        tf.debugging.Assert(
             ~tf.reduce_any(wrong),
             [
                 f"{_REFUSED}`labels` must be {expected}, or -1 for padding; received "
@@ -156,7 +162,7 @@ def check_values(model, data) -> tuple:
                 )
                 + "."
             ],
-        )
+        ),
     ]
     if images.dtype.is_floating:
         is_finite = tf.reduce_all(tf.math.is_finite(images))

@@ -108,9 +108,36 @@ def check_pixels(name: str, images) -> None:
     Raises:
         TypeError: if it does not hold integers or floats.
     """
-    dtype = str(getattr(images.dtype, "name", images.dtype)).removeprefix("torch.")
+    _check_numbers(f"{name} must hold numbers in 0..255", images)
+
+
+def _check_numbers(expected, x):
+    dtype = str(getattr(x.dtype, "name", x.dtype)).removeprefix("torch.")
     if not dtype.startswith(("float", "bfloat", "uint", "int")):
-        raise TypeError(f"{name} must hold numbers in 0..255; received dtype {dtype}.")
+        raise TypeError(f"{expected}; received dtype {dtype}.")
+
+
+def check_array(expected: str, value) -> None:
+    """Checks that a value is one array or tensor with a row for each image; it may be symbolic.
+
+    Args:
+        expected: beginning of the error, "'boxes' must be [batch, objects, 4]".
+        value: anything.
+
+    Raises:
+        ValueError: for a list, also of arrays, a ragged tensor, None, and whatever has no shape.
+    """
+    is_ragged = getattr(value, "ragged_rank", None) is not None
+    if hasattr(value, "shape") and not is_ragged:
+        return
+    if isinstance(value, (list, tuple)):
+        shapes = sorted({tuple(x.shape) for x in value if hasattr(x, "shape")}, key=str)
+        received = f"a {type(value).__name__} of length {len(value)}"
+        if shapes:
+            received += f" with arrays of shape {' and '.join(map(str, shapes[:2]))}"
+    else:
+        received = "None" if value is None else type(value).__name__
+    raise ValueError(f"{expected}; received {received}.")
 
 
 def check_inputs(inputs, image_shape=(None, None, 3), takes_proposals: bool = False) -> dict:
@@ -123,12 +150,10 @@ def check_inputs(inputs, image_shape=(None, None, 3), takes_proposals: bool = Fa
         takes_proposals: whether "proposals" are required.
 
     Raises:
-        ValueError: for another structure, rank, size or number of channels, and for sizes in memory
-            that exceed their batch.
+        ValueError: for another structure, rank, size or number of channels, for lists and ragged
+            tensors, and for sizes in memory that exceed their batch.
         TypeError: if images are not numbers.
     """
-    if inputs is None:
-        raise ValueError("Images must be a batch [batch, height, width, 3]; received None.")
     required = {"images", *(["proposals"] if takes_proposals else [])}
     checked = dict(inputs) if isinstance(inputs, dict) else {"images": inputs}
     if not required <= set(checked) <= required | {"image_sizes"}:
@@ -137,12 +162,12 @@ def check_inputs(inputs, image_shape=(None, None, 3), takes_proposals: bool = Fa
             f"Inputs must have the keys {keys} and, for a padded batch, 'image_sizes'; received "
             f"the keys {sorted(map(str, checked))}."
         )
-    checked = {
-        name: value if hasattr(value, "shape") else np.asarray(value)
-        for name, value in checked.items()
-        if value is not None or name != "image_sizes"
-    }
+    checked = {n: x for n, x in checked.items() if x is not None or n != "image_sizes"}
     images, image_sizes = checked["images"], checked.get("image_sizes")
+    check_array(
+        "Images must be one array [batch, height, width, 3], padded if their 'image_sizes' differ",
+        images,
+    )
     check_pixels("Images", images)
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[-1] not in (3, None):
@@ -160,12 +185,11 @@ def check_inputs(inputs, image_shape=(None, None, 3), takes_proposals: bool = Fa
     if 0 in shape[1:3]:
         raise ValueError(f"Images must have at least one pixel; received shape {shape}.")
     if image_sizes is not None:
+        expected = "'image_sizes' must be the height and width of each image, [batch, 2]"
+        check_array(expected, image_sizes)
         sizes_shape = tuple(image_sizes.shape)
         if len(sizes_shape) != 2 or sizes_shape[-1] != 2:
-            raise ValueError(
-                "'image_sizes' must be the height and width of each image, [batch, 2]; received "
-                f"shape {sizes_shape}."
-            )
+            raise ValueError(f"{expected}; received shape {sizes_shape}.")
         if None not in (shape[0], sizes_shape[0]) and shape[0] != sizes_shape[0]:
             raise ValueError(
                 f"'image_sizes' must have one row for each of the {shape[0]} images; received "
@@ -180,18 +204,60 @@ def check_inputs(inputs, image_shape=(None, None, 3), takes_proposals: bool = Fa
                     f"received {image_sizes[row].tolist()} for image {row}."
                 )
     if takes_proposals:
+        expected = "'proposals' must be boxes [batch, proposals, 4], padded with zeros"
+        check_array(expected, checked["proposals"])
         proposals_shape = tuple(checked["proposals"].shape)
         if len(proposals_shape) != 3 or proposals_shape[-1] not in (4, None):
-            raise ValueError(
-                "'proposals' must be boxes [batch, proposals, 4]; received shape "
-                f"{proposals_shape}."
-            )
+            raise ValueError(f"{expected}; received shape {proposals_shape}.")
         if None not in (shape[0], proposals_shape[0]) and shape[0] != proposals_shape[0]:
             raise ValueError(
                 f"'proposals' must have boxes for each of the {shape[0]} images; received those of "
                 f"{proposals_shape[0]}."
             )
     return checked
+
+
+def is_in_memory(x) -> bool:
+    """Whether inputs of a model are images, right or wrong, rather than a source of batches."""
+    return x is None or isinstance(x, (dict, list, tuple)) or hasattr(x, "shape")
+
+
+def check_batch(model, x) -> dict:
+    """Returns inputs in memory as `check_inputs` does; they must have an image.
+
+    Raises:
+        ValueError, TypeError: as in `check_inputs`, and for an empty batch.
+    """
+    inputs = check_inputs(x, model.image_shape, model.takes_proposals)
+    shape = tuple(inputs["images"].shape)
+    if shape[0] == 0:
+        raise ValueError(f"A batch must have at least one image; received shape {shape}.")
+    return inputs
+
+
+def check_structure(model, x, y) -> None:
+    """Checks the data of training or evaluation without reading values.
+
+    Args:
+        model: a `Detector`.
+        x: inputs as in `check_inputs`, or a source of batches of `(inputs, targets)`.
+        y: targets; None with a source of batches.
+
+    Raises:
+        ValueError, TypeError: as in `check_batch` and `check_target_structure`.
+    """
+    if is_in_memory(x):
+        check_target_structure(y, check_batch(model, x)["images"].shape[0])
+    elif y is None and hasattr(x, "element_spec"):
+        structure = x.element_spec
+        if not isinstance(structure, tuple) or len(structure) != 2:
+            raise ValueError(
+                "A data set must yield pairs (images, {'boxes', 'labels'}); received elements "
+                f"{_described(structure)}."
+            )
+        if not _is_distributed(x):
+            inputs = check_inputs(structure[0], model.image_shape, model.takes_proposals)
+            check_target_structure(structure[1], inputs["images"].shape[0])
 
 
 def check_training_data(model, x, y) -> None:
@@ -206,27 +272,20 @@ def check_training_data(model, x, y) -> None:
         y: targets; None with a data set.
 
     Raises:
-        ValueError: for another structure, and for targets that `check_targets` refuses.
+        ValueError, TypeError: as in `check_structure`, and for targets that `check_targets`
+            refuses.
     """
-    if y is None and hasattr(x, "element_spec"):
-        structure = x.element_spec
-        if not isinstance(structure, tuple) or len(structure) != 2:
-            raise ValueError(
-                "A data set must yield pairs (images, {'boxes', 'labels'}); received elements "
-                f"{_described(structure)}."
-            )
-        if type(x).__module__.startswith("tensorflow.python.distribute"):
-            # Its elements are per replica; the step checks their structure when it is traced.
-            return
-        check_target_structure(structure[1])
-        check_inputs(structure[0], model.image_shape, model.takes_proposals)
+    check_structure(model, x, y)
+    if is_in_memory(x):
+        _check_targets_of(model, x, y, refuse_degenerate=True)
+    elif hasattr(x, "element_spec") and not _is_distributed(x):
         for images, targets in x.take(1):
-            targets = {name: np.asarray(value) for name, value in targets.items()}
-            _check_batch(model, images, targets, refuse_degenerate=False)
-    elif isinstance(x, dict) or hasattr(x, "__array__") or isinstance(x, list):
-        check_target_structure(y)
-        targets = {name: np.asarray(value) for name, value in y.items()}
-        _check_batch(model, x, targets, refuse_degenerate=True)
+            _check_targets_of(model, images, targets, refuse_degenerate=False)
+
+
+def _is_distributed(dataset):
+    # Its elements are per replica; the step checks their structure when it is traced.
+    return type(dataset).__module__.startswith("tensorflow.python.distribute")
 
 
 def _described(structure):
@@ -235,11 +294,11 @@ def _described(structure):
     return keras.tree.map_structure(lambda x: tuple(x.shape), structure)
 
 
-def _check_batch(model, x, y, refuse_degenerate):
-    inputs = check_inputs(x, model.image_shape, model.takes_proposals)
+def _check_targets_of(model, x, y, refuse_degenerate):
+    inputs = check_batch(model, x)
     image_sizes = inputs.get("image_sizes")
     check_targets(
-        y,
+        {name: np.asarray(value) for name, value in y.items()},
         image_shape=inputs["images"].shape,
         image_sizes=None if image_sizes is None else np.asarray(image_sizes),
         num_classes=model.num_classes,
@@ -248,12 +307,17 @@ def _check_batch(model, x, y, refuse_degenerate):
     )
 
 
-def check_target_structure(targets) -> None:
-    """Checks the names and ranks of a ground truth, which may be symbolic.
+def check_target_structure(targets, batch: int | None = None) -> None:
+    """Checks the names and shapes of a ground truth, which may be symbolic.
+
+    Args:
+        targets: the ground truth.
+        batch: number of images. Defaults to None, unknown.
 
     Raises:
         ValueError: if it is not `{"boxes": [B, G, 4], "labels": [B, G]}`; the optional fields of
             the input pipeline, "image_ids" and "masks", are accepted as well.
+        TypeError: if boxes or labels are not numbers.
     """
     expected = (
         "Targets must be {'boxes': [batch, objects, 4], 'labels': [batch, objects]}; received "
@@ -262,12 +326,19 @@ def check_target_structure(targets) -> None:
         raise ValueError(f"{expected}{'none' if targets is None else type(targets).__name__}.")
     if set(targets) - {"image_ids", "masks"} != {"boxes", "labels"}:
         raise ValueError(f"{expected}the keys {sorted(map(str, targets))}.")
-    shapes = [
-        tuple(x.shape) if hasattr(x, "shape") else np.shape(x)
-        for x in (targets["boxes"], targets["labels"])
-    ]
-    if len(shapes[0]) != 3 or shapes[0][-1] not in (4, None) or len(shapes[1]) != 2:
-        raise ValueError(f"{expected}shapes {shapes[0]} and {shapes[1]}.")
+    for name, shape in (("boxes", "[batch, objects, 4]"), ("labels", "[batch, objects]")):
+        check_array(f"{name!r} must be one array {shape}, padded with label -1", targets[name])
+        _check_numbers(f"{name!r} must hold numbers", targets[name])
+    boxes, labels = tuple(targets["boxes"].shape), tuple(targets["labels"].shape)
+    fit = len(boxes) == 3 and len(labels) == 2 and boxes[-1] in (4, None)
+    if not fit or any(
+        None not in pair and pair[0] != pair[1] for pair in zip(boxes, labels, strict=False)
+    ):
+        raise ValueError(f"{expected}shapes {boxes} and {labels}.")
+    if None not in (batch, boxes[0]) and boxes[0] != batch:
+        raise ValueError(
+            f"Targets must have one row for each of the {batch} images; received {boxes[0]}."
+        )
 
 
 def check_targets(
@@ -296,19 +367,10 @@ def check_targets(
 
     from keras_fpn.boxes import convert_boxes
 
-    check_target_structure(targets)
+    batch = image_shape[0]
+    check_target_structure(targets, batch)
     boxes = np.asarray(targets["boxes"], "float64")
     labels = np.asarray(targets["labels"])
-    batch = image_shape[0]
-    if labels.shape != boxes.shape[:2]:
-        raise ValueError(
-            "Targets must be boxes [batch, objects, 4] and labels [batch, objects]; received "
-            f"shapes {boxes.shape} and {labels.shape}."
-        )
-    if boxes.shape[0] != batch:
-        raise ValueError(
-            f"Targets must have one row for each of the {batch} images; received {boxes.shape[0]}."
-        )
     if labels.size and not np.all(labels == np.floor(labels)):
         raise ValueError(f"Labels must be integers; received dtype {labels.dtype} with fractions.")
     limit = np.inf if num_classes is None else num_classes

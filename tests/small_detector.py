@@ -123,3 +123,45 @@ def assert_same_next_step(loaded: keras.Model, model: keras.Model, data) -> None
     assert loaded.last_step == pytest.approx(model.last_step, rel=1e-3)
     for a, b in zip(loaded.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def take_step(
+    build: Callable,
+    inputs,
+    targets: dict,
+    devices: int = 1,
+    use_fit: bool = True,
+    run_eagerly: bool = True,
+    **compile_arguments,
+) -> tuple[list[np.ndarray], dict, dict]:
+    """Changes of the weights of a new model by one step of SGD, its logs and `last_step`.
+
+    Tracing takes longer than a step.
+    """
+    import tensorflow as tf
+
+    strategy = tf.distribute.get_strategy()
+    if devices > 1:
+        # Without a graph, TensorFlow's collectives fail in what comes after them.
+        reduce = tf.distribute.ReductionToOneDevice() if run_eagerly else None
+        names = [f"CPU:{i}" for i in range(devices)]
+        strategy = tf.distribute.MirroredStrategy(names, cross_device_ops=reduce)
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        model = build()
+        arguments = {"run_eagerly": run_eagerly, "jit_compile": False, **compile_arguments}
+        model.compile(keras.optimizers.SGD(0.1), **arguments)
+    before = model.get_weights()
+    if use_fit:
+        data = tf.data.Dataset.from_tensor_slices((inputs, targets)).batch(2, drop_remainder=True)
+        logs = {name: value[0] for name, value in model.fit(data, verbose=0).history.items()}
+    else:
+        logs = model.train_on_batch(inputs, targets, return_dict=True)
+    changes = [a - b for a, b in zip(model.get_weights(), before, strict=True)]
+    return changes, logs, model.last_step
+
+
+def assert_same_changes(changes, expected, scale=1.0) -> None:
+    assert max(np.abs(change).max() for change in expected) > 1e-3
+    for a, b in zip(changes, expected, strict=True):
+        np.testing.assert_allclose(a, scale * b, atol=1e-5)

@@ -27,7 +27,7 @@ class Steps:
             self.on_read = tf.Variable(
                 0, synchronization=tf.VariableSynchronization.ON_READ, **first
             )
-        defaults = {"run_eagerly": False, "jit_compile": False, "steps_per_execution": 1}
+        defaults = {"run_eagerly": False, "jit_compile": False}
         model = types.SimpleNamespace(
             distribute_strategy=self.strategy, **{"num_classes": 3} | defaults | options
         )
@@ -44,14 +44,14 @@ class Steps:
         data = tf.data.Dataset.from_tensor_slices((images, {"labels": labels})).batch(2)
         iterator = iter(self.strategy.experimental_distribute_dataset(data))
         for _ in range(executions):
-            self.function(iterator)
+            self.function(iterator, 3)
         assert self.on_read.numpy() == self.taken.numpy()
         return self.taken.numpy()
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_a_step_without_data_is_not_taken(num_devices):
-    steps = Steps(num_devices, steps_per_execution=3)
+    steps = Steps(num_devices)
     # An execution of three steps, and one of what is left of the four batches.
     assert steps.take(np.zeros((8, 2, 2, 3)), np.zeros((8, 1), "int32"), 2) == 4
     assert steps.take(np.zeros((8, 2, 2, 3)), np.zeros((8, 1), "int32"), 2) == 8
@@ -76,6 +76,13 @@ def test_labels_of_no_class_end_training_before_the_step(options, labels, receiv
     assert steps.taken.numpy() == steps.on_read.numpy() == 0
     # Classes, and padding.
     assert steps.take(images, np.int32([[2], [-1]]), 1) == 1
+
+
+def test_an_empty_batch_ends_training_before_the_step():
+    steps = Steps()
+    with pytest.raises(ValueError, match=r"^A batch must have at least one image"):
+        steps.function(iter([(np.zeros((0, 2, 2, 3)), {"labels": np.zeros((0, 1))})]), 1)
+    assert steps.taken.numpy() == 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -76,11 +76,13 @@ class TestImages:
         assert check_inputs(inputs) == inputs
         assert check_inputs({"images": IMAGES, "image_sizes": None}) == {"images": IMAGES}
 
-    def test_lists_become_arrays(self):
-        checked = check_inputs({"images": IMAGES.tolist(), "image_sizes": [[1, 2], [3, 4]]})
-        assert checked["images"].dtype.kind == "i"
-        assert checked["images"].shape == IMAGES.shape
-        np.testing.assert_array_equal(checked["image_sizes"], [[1, 2], [3, 4]])
+    def test_lists_are_refused(self):
+        inputs = {"images": IMAGES, "proposals": np.zeros((2, 5, 4))}
+        wrong = {"images": IMAGES.tolist(), "image_sizes": [[1, 2], [3, 4]], "proposals": [[]]}
+        for name, value in wrong.items():
+            message = rf"(?i)^'?{name}'? must be .*; received a list of length {len(value)}"
+            with pytest.raises(ValueError, match=message):
+                check_inputs(inputs | {name: value}, takes_proposals=True)
 
     def test_proposals_are_for_models_that_take_them(self):
         inputs = {"images": IMAGES, "proposals": np.zeros((2, 5, 4))}

@@ -40,12 +40,29 @@ class CocoFolder(DetectionDataset):
     areas: np.ndarray  # float32 [objects]
 
     def records(
-        self,
-        shuffle_seed: tf.Tensor | None = None,
-        shuffle_buffer: int = 2048,
-        objects_only: bool = False,
+        self, shuffle_seed: tf.Tensor | None = None, shuffle_buffer: int = 2048
     ) -> tf.data.Dataset:
         del shuffle_buffer  # The index is shuffled as a whole.
+        return self._read(self._order(shuffle_seed))
+
+    def records_with_objects(
+        self, shuffle_seed: tf.Tensor | None = None, shuffle_buffer: int = 2048
+    ) -> tf.data.Dataset:
+        del shuffle_buffer
+        # After shuffling, so that the other images keep their order.
+        order = self._order(shuffle_seed)
+        with tf.init_scope():
+            has_object = tf.constant(self._has_object)
+        return self._read(tf.boolean_mask(order, tf.gather(has_object, order)))
+
+    def _order(self, shuffle_seed: tf.Tensor | None) -> tf.Tensor:
+        order = tf.range(self.num_images)
+        if shuffle_seed is None:
+            return order
+        return tf.random.experimental.stateless_shuffle(order, seed=shuffle_seed)
+
+    def _read(self, order: tf.Tensor) -> tf.data.Dataset:
+        """Returns the records of images by their index."""
         corners = np.concatenate([self.boxes[:, :2], self.boxes[:, :2] + self.boxes[:, 2:]], axis=1)
         objects_per_image = np.diff(self.row_splits)
         scale = np.maximum(np.repeat(self.sizes, objects_per_image, axis=0), 1)[:, [1, 0, 1, 0]]
@@ -53,7 +70,6 @@ class CocoFolder(DetectionDataset):
         with tf.init_scope():
             image_ids, file_names = tf.constant(self.image_ids), tf.constant(self.file_names)
             sizes, row_splits = tf.constant(self.sizes), tf.constant(self.row_splits)
-            has_object = tf.constant(self._has_object)
             objects = {
                 "boxes": tf.constant(corners / scale, tf.float32),
                 "labels": tf.constant(self.labels),
@@ -73,12 +89,6 @@ class CocoFolder(DetectionDataset):
                 **{key: values[rows] for key, values in objects.items()},
             }
 
-        order = tf.range(self.num_images)
-        if shuffle_seed is not None:
-            order = tf.random.experimental.stateless_shuffle(order, seed=shuffle_seed)
-        if objects_only:
-            # After shuffling, so that the other images keep their order.
-            order = tf.boolean_mask(order, tf.gather(has_object, order))
         return tf.data.Dataset.from_tensor_slices(order).map(
             read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
         )

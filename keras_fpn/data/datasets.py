@@ -38,10 +38,7 @@ class DetectionDataset:
     num_images: int
 
     def records(
-        self,
-        shuffle_seed: tf.Tensor | None = None,
-        shuffle_buffer: int = 2048,
-        objects_only: bool = False,
+        self, shuffle_seed: tf.Tensor | None = None, shuffle_buffer: int = 2048
     ) -> tf.data.Dataset:
         """Returns one pass over the split, with images still encoded.
 
@@ -50,8 +47,6 @@ class DetectionDataset:
                 enclosing graph. Defaults to None, the order of the files.
             shuffle_buffer: size of the shuffle buffer where records cannot be read in random order
                 (TFDS). A folder is always shuffled as a whole.
-            objects_only: whether to omit images whose annotations have no object that is not a
-                crowd. The files of a folder's other images are not read.
 
         Returns:
             A data set of dicts:
@@ -73,6 +68,17 @@ class DetectionDataset:
               size.
         """
         raise NotImplementedError
+
+    @tf.autograph.experimental.do_not_convert
+    def records_with_objects(
+        self, shuffle_seed: tf.Tensor | None = None, shuffle_buffer: int = 2048
+    ) -> tf.data.Dataset:
+        """Returns `records` without images that have no objects, or only crowds.
+
+        A subclass that knows which before it reads their files may leave them unread.
+        """
+        records = self.records(shuffle_seed, shuffle_buffer)
+        return records.filter(lambda record: tf.reduce_any(~record["is_crowd"]))
 
     @tf.autograph.experimental.do_not_convert
     def read_image_ids(self) -> np.ndarray:

@@ -125,6 +125,8 @@ def training_batches(
         shorter_edges, longest_edge, aspect_ratios, max_boxes, max_proposals, report
     )
 
+    records_of = dataset.records if keep_empty_images else dataset.records_with_objects
+
     def is_trainable(record: Record) -> tf.Tensor:
         return _is_readable(record) & (keep_empty_images | (record["labels"][0] >= 0))
 
@@ -140,7 +142,7 @@ def training_batches(
     def one_pass(key: tf.Tensor) -> tf.data.Dataset:
         """Groups of encoded records of one pass, each of one bucket; the last may be incomplete."""
         keys = tf.random.split(key, 3)
-        records = dataset.records(keys[0], shuffle_buffer, not keep_empty_images)
+        records = records_of(keys[0], shuffle_buffer)
         records = _map(records, augment(keys[1])).filter(is_trainable)
         # Incomplete groups are emitted in the order of their keys.
         order = tf.random.experimental.stateless_shuffle(tf.range(len(buckets)), seed=keys[2])
@@ -160,7 +162,7 @@ def training_batches(
         is_first = tf.cast(epoch == first_epoch, tf.int64)
         return groups.take(steps).skip(is_first * steps_before)
 
-    spare = _first_trainable(dataset, prepare, is_trainable, buckets, not keep_empty_images)
+    spare = _first_trainable(dataset, records_of(), prepare, is_trainable, buckets)
     rows = batch_size // num_shards
 
     def decode(group: Record) -> tuple[Record, Record]:
@@ -411,10 +413,10 @@ def _select_groups(batch_size: int) -> Callable:
 
 def _first_trainable(
     dataset: DetectionDataset,
+    records: tf.data.Dataset,
     prepare: Callable[..., Record],
     is_trainable: Callable[[Record], tf.Tensor],
     buckets: list[tuple[int, int]],
-    objects_only: bool,
 ) -> Record:
     """Returns the first trainable image of the split, in a size that fits every bucket.
 
@@ -422,10 +424,7 @@ def _first_trainable(
         ValueError: if there is none, in which case the endless data set would never yield a batch.
     """
     edge = min(itertools.chain(*buckets))
-    records = _map(
-        dataset.records(objects_only=objects_only),
-        lambda record: prepare(record, tf.constant(False), edge, edge),
-    )
+    records = _map(records, lambda record: prepare(record, tf.constant(False), edge, edge))
     for record in records.filter(is_trainable):
         if _is_whole(decode_image(record["image_bytes"]), record):
             return record

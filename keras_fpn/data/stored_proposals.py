@@ -409,11 +409,16 @@ class _WithProposals(DetectionDataset):
     proposals: Proposals
 
     def records(
-        self,
-        shuffle_seed: tf.Tensor | None = None,
-        shuffle_buffer: int = 2048,
-        objects_only: bool = False,
+        self, shuffle_seed: tf.Tensor | None = None, shuffle_buffer: int = 2048
     ) -> tf.data.Dataset:
+        return self._with_proposals(self.dataset.records(shuffle_seed, shuffle_buffer))
+
+    def records_with_objects(
+        self, shuffle_seed: tf.Tensor | None = None, shuffle_buffer: int = 2048
+    ) -> tf.data.Dataset:
+        return self._with_proposals(self.dataset.records_with_objects(shuffle_seed, shuffle_buffer))
+
+    def _with_proposals(self, records: tf.data.Dataset) -> tf.data.Dataset:
         ids, frames, starts, ends, boxes = self._tensors
 
         def add(record: Record) -> Record:
@@ -423,7 +428,6 @@ class _WithProposals(DetectionDataset):
                 "proposals_size": frames[index],
             }
 
-        records = self.dataset.records(shuffle_seed, shuffle_buffer, objects_only)
         return records.map(add, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
     @functools.cached_property

@@ -26,10 +26,7 @@ class TfdsDataset(DetectionDataset):
     builder: tfds.core.DatasetBuilder
 
     def records(
-        self,
-        shuffle_seed: tf.Tensor | None = None,
-        shuffle_buffer: int = 2048,
-        objects_only: bool = False,
+        self, shuffle_seed: tf.Tensor | None = None, shuffle_buffer: int = 2048
     ) -> tf.data.Dataset:
         # TFDS's own reader shuffles from a global state that restarts with each iterator, so it
         # cannot reproduce the order of a later epoch, as resuming a run requires.
@@ -62,10 +59,7 @@ class TfdsDataset(DetectionDataset):
                 deterministic=True,
             )
             examples = _shuffle(examples, shuffle_buffer, seeds[1])
-        records = examples.map(self._parse, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        if objects_only:
-            records = records.filter(lambda record: tf.reduce_any(~record["is_crowd"]))
-        return records
+        return examples.map(self._parse, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
     def _parse(self, position: tf.Tensor, serialized: tf.Tensor) -> Record:
         features = self.builder.info.features

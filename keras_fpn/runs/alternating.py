@@ -11,10 +11,14 @@ The RPN of step 3 and the box head of step 4 are one Faster R-CNN: the output fo
 checkpoints/best.keras, with config.json and metrics.json, as that of keras-fpn train does. Each
 step is a run of its own, in 1-rpn, 2-fast_rcnn, 3-rpn and 4-fast_rcnn, and hands on its best model.
 
-Rerun the same command to resume one that was stopped; it ends with the same weights.
+The options hold for each step, except --model, --frozen, --proposals and --validation-proposals,
+which follow from the step and cannot be given.
+
+Rerun the same command to resume one that was stopped; it ends with the same weights, on a CPU bit
+for bit with the same number of threads.
 """
 
-import argparse
+import contextlib
 import dataclasses
 import json
 import warnings
@@ -42,17 +46,7 @@ SHARED = ("backbone", "pyramid")
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the program."""
-    parser = argparse.ArgumentParser(
-        prog="keras-fpn alternating",
-        usage="%(prog)s [-h] --dataset DATASET --output OUTPUT [OPTION ...]",
-        description=__doc__,
-        epilog="The options are those of `keras-fpn train`, and hold for each step; --model, "
-        "--frozen, --proposals and --validation-proposals follow from the step.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _, arguments = parser.parse_known_args(arguments)
-    options, recipe = parse_arguments(arguments)
+    options, recipe = parse_arguments(arguments, "alternating", __doc__)
     with exits_on_bad_input():
         files = options.proposals or options.validation_proposals
         if recipe.detector != "faster_rcnn" or recipe.frozen or files:
@@ -86,36 +80,40 @@ def alternate(
         build_model,
         checked_recipe,
         configuration_of,
-        fingerprints,
         images_at_start,
         open_splits,
+        outcome_of,
         steps_per_epoch,
     )
 
-    with exits_on_bad_input():
-        strategy = choose_strategy(options.strategy)
-        if num_workers(strategy) > 1:
-            raise ValueError(
-                f"keras-fpn alternating runs on one machine; received {num_workers(strategy)} "
-                "workers."
-            )
-        train_data, validation_data = open_splits(options, "faster_rcnn")
-        for given in (recipe, rpn or recipe):
-            given = checked_recipe(given, strategy.num_replicas_in_sync, options.jit_compile)
-            steps_per_epoch(given, images_at_start(options, train_data))
-        # A wrong argument of the last step's model is found before the first step.
-        with strategy.scope():
-            model = build_model(recipe, train_data.class_names)
-        configuration = configuration_of(options, recipe, train_data, model)
-        configuration["data"] = fingerprints(train_data, validation_data)
-        if rpn is not None:
-            configuration["rpn_recipe"] = dataclasses.asdict(rpn)
-    with exits_on_os_error(), run_lock(options.output):
+    with contextlib.ExitStack() as lock:
         with exits_on_bad_input():
+            strategy = choose_strategy(options.strategy)
+            if num_workers(strategy) > 1:
+                raise ValueError(
+                    f"keras-fpn alternating runs on one machine; received {num_workers(strategy)} "
+                    "workers."
+                )
+            recipes = [
+                checked_recipe(given, strategy.num_replicas_in_sync, options.jit_compile)
+                for given in (recipe, rpn or recipe)
+            ]
+            configuration = configuration_of(options, recipe)
+            if rpn is not None:
+                configuration["rpn_recipe"] = dataclasses.asdict(rpn)
+            lock.enter_context(run_lock(options.output, configuration))
+            train_data, validation_data = open_splits(options, "faster_rcnn")
+            for given in recipes:
+                steps_per_epoch(given, images_at_start(options, train_data))
+            # A wrong argument of the last step's model is found before the first step.
+            with strategy.scope():
+                model = build_model(recipe, train_data.class_names)
+            configuration |= outcome_of(train_data, validation_data, model)
             claim_run(options.output, configuration, options.allow_changed_data)
-        _run_steps(options, recipe, rpn or recipe, STEPS[:steps], num_proposals)
-        if steps == len(STEPS):
-            _write_detector(model, options, recipe)
+        with exits_on_os_error():
+            _run_steps(options, recipe, rpn or recipe, STEPS[:steps], num_proposals)
+            if steps == len(STEPS):
+                _write_detector(model, options, recipe)
 
 
 def _run_steps(
@@ -211,7 +209,7 @@ def stored_proposals(
             longest_edge=recipe.longest_edge,
         )
         print(f"Writing the proposals for {split} to {file}", flush=True)
-        proposals = evaluation.run()[1]
+        proposals = evaluation.proposals()
         with writing(file):
             write_proposals(file, proposals)
     return files

@@ -90,6 +90,11 @@ def given_options(arguments: list[str] | None, names: Iterable[str]) -> list[str
     return [name for name in names if name in given]
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Returns a number with its noun, "1 epoch" or "2 epochs"."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
 def require(*modules: str) -> None:
     """Exits with what to install if modules are missing."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]

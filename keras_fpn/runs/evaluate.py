@@ -11,7 +11,13 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from keras_fpn.runs.command import StrategyName, exits_on_bad_input, exits_on_os_error, parse
+from keras_fpn.runs.command import (
+    StrategyName,
+    counted,
+    exits_on_bad_input,
+    exits_on_os_error,
+    parse,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +101,9 @@ def main(arguments: list[str] | None = None) -> None:
     if worker_index(strategy) > 0:
         return
     found = len(results.boxes) if evaluation.is_rpn else len(results)
-    kind = "proposals" if evaluation.is_rpn else "detections"
-    evaluated = len(evaluation.ground_truth["images"])
-    print(f"{evaluated} images of {dataset} ({data.split}), {found} {kind}")
+    found = counted(found, "proposal" if evaluation.is_rpn else "detection")
+    evaluated = counted(len(evaluation.ground_truth["images"]), "image")
+    print(f"{evaluated} of {dataset} ({data.split}), {found}")
     of_classes = [] if evaluation.is_rpn else [f"AP/{name}" for name in data.class_names]
     for name in (*evaluation.metric_names, *of_classes):
         print(f"{name:24s} {metrics[name]:7.4f}" if metrics[name] >= 0 else f"{name:24s}       -")

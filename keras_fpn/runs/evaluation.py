@@ -102,18 +102,51 @@ class Evaluation:
     def run(self) -> tuple[CocoEvaluation, list[dict] | Proposals]:
         """Returns the metrics, and what they are of, on every worker.
 
-        That is the detections in COCO's results format, or the proposals of an RPN, those of the
-        images that cannot be read being none.
+        That is the detections in COCO's results format, or the `proposals` of an RPN.
         """
         if self.is_rpn:
-            proposals, evaluated = self._proposals()
-            self._leave_out_others(evaluated)
+            proposals = self.proposals()
             metrics = proposal_evaluation(self.ground_truth, proposals)
             return CocoEvaluation(metrics, np.zeros((10, 101, 0))), proposals
         found, evaluated = zip(*map(self._detections, self.batches), strict=True)
         results = found[0] if len(found) == 1 else self._merged(found)
         self._leave_out_others(evaluated[0])
         return coco_evaluation(self.ground_truth, results), results
+
+    def proposals(self) -> Proposals:
+        """Returns an RPN's proposals for all images of the split, on every worker.
+
+        Those of an image that cannot be read are none. It takes less time than `run`: average
+        recalls are not computed.
+        """
+        # Of each image, its id and size; of each proposal, the id of its image, box and score.
+        parts = [(np.zeros((0, 3), int), np.zeros((0, 1), int), np.zeros((0, 5), np.float32))]
+        for outputs, image_sizes, info in self._outputs(self.batches[0]):
+            of_batch = info["image_ids"].numpy()
+            real = outputs["scores"][: len(of_batch)] >= 0
+            of_images = np.dstack([outputs["boxes"], outputs["scores"]])[: len(of_batch)]
+            parts.append(
+                (
+                    np.column_stack([of_batch, image_sizes]),
+                    np.repeat(of_batch, real.sum(axis=1))[:, None],
+                    of_images[real],
+                )
+            )
+        images, ids, numbers = (np.concatenate(of_all) for of_all in zip(*parts, strict=True))
+        (images,) = self._of_all_workers(images)
+        ids, numbers = self._of_all_workers(ids, numbers)
+        frames = {image_id: frame for image_id, *frame in images.tolist()}
+        of_split = self.dataset.read_image_ids()
+        starts = np.searchsorted(ids[:, 0], of_split)
+        ends = np.searchsorted(ids[:, 0], of_split, side="right")
+        found = [numbers[start:end] for start, end in zip(starts, ends, strict=True)]
+        self._leave_out_others(images[:, 0])
+        return Proposals.from_images(
+            of_split.tolist(),
+            [rows[:, :4] for rows in found],
+            [rows[:, 4] for rows in found],
+            [frames.get(image_id, [0, 0]) for image_id in of_split.tolist()],
+        )
 
     def _leave_out_others(self, evaluated):
         """Restricts the ground truth to these images, and prints which were skipped and why."""
@@ -177,37 +210,6 @@ class Evaluation:
             )
         ]
         return results, gather_from_workers(self.strategy, np.concatenate(evaluated))
-
-    def _proposals(self):
-        """Returns the proposals of all images of the split, and the ids of those evaluated."""
-        # Of each image, its id and size; of each proposal, the id of its image, box and score.
-        parts = [(np.zeros((0, 3), int), np.zeros((0, 1), int), np.zeros((0, 5), np.float32))]
-        for outputs, image_sizes, info in self._outputs(self.batches[0]):
-            of_batch = info["image_ids"].numpy()
-            real = outputs["scores"][: len(of_batch)] >= 0
-            of_images = np.dstack([outputs["boxes"], outputs["scores"]])[: len(of_batch)]
-            parts.append(
-                (
-                    np.column_stack([of_batch, image_sizes]),
-                    np.repeat(of_batch, real.sum(axis=1))[:, None],
-                    of_images[real],
-                )
-            )
-        images, ids, numbers = (np.concatenate(of_all) for of_all in zip(*parts, strict=True))
-        (images,) = self._of_all_workers(images)
-        ids, numbers = self._of_all_workers(ids, numbers)
-        frames = {image_id: frame for image_id, *frame in images.tolist()}
-        of_split = self.dataset.read_image_ids()
-        starts = np.searchsorted(ids[:, 0], of_split)
-        ends = np.searchsorted(ids[:, 0], of_split, side="right")
-        found = [numbers[start:end] for start, end in zip(starts, ends, strict=True)]
-        proposals = Proposals.from_images(
-            of_split.tolist(),
-            [rows[:, :4] for rows in found],
-            [rows[:, 4] for rows in found],
-            [frames.get(image_id, [0, 0]) for image_id in of_split.tolist()],
-        )
-        return proposals, images[:, 0]
 
     def _merged(self, found):
         """Merges the detections of all scales, in COCO's results format."""

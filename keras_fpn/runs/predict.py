@@ -14,7 +14,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from keras_fpn.runs.command import exits_on_bad_input, exits_on_os_error, parse
+from keras_fpn.runs.command import counted, exits_on_bad_input, exits_on_os_error, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,6 @@ def main(arguments: list[str] | None = None) -> None:
     with exits_on_os_error():
         write_text(output / "detections.json", json.dumps(all_results, indent=1))
     if skipped:
-        noun = "image" if len(skipped) == 1 else "images"
-        print(f"\nskipped {len(skipped)} {noun}: {', '.join(skipped)}")
-    decoded = len(options.images) - len(skipped)
-    print(f"{len(all_results)} detections of {decoded} images; pictures in {output}")
+        print(f"\nskipped {counted(len(skipped), 'image')}: {', '.join(skipped)}")
+    decoded = counted(len(options.images) - len(skipped), "image")
+    print(f"{counted(len(all_results), 'detection')} of {decoded}; pictures in {output}")

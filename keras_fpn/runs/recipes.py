@@ -53,6 +53,8 @@ class Recipe:
         clip_norm: gradients are clipped to this global norm; None is no clipping.
         average_decay: decay of a moving average of the weights, such as 0.9998, which is then
             evaluated and saved as best.keras; None is no average.
+        steps_per_execution: steps between two looks at losses, signals and checkpoints, so that a
+            GPU need not wait after each; epochs have a multiple of it.
         evaluate_every: epochs between evaluations.
         checkpoint_steps: steps between checkpoints; there is another one after each epoch.
         keep_checkpoints: number of latest checkpoints to keep, besides the best model.
@@ -81,6 +83,7 @@ class Recipe:
     weight_decay: float = 1e-4
     clip_norm: float | None = None
     average_decay: float | None = None
+    steps_per_execution: int = 1
     evaluate_every: int = 1
     checkpoint_steps: int = 1000
     keep_checkpoints: int = 3
@@ -170,6 +173,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "weight_decay": check_non_negative,
     "clip_norm": _optional(check_positive),
     "average_decay": _optional(_check_average_decay),
+    "steps_per_execution": _check_count,
     "evaluate_every": _check_count,
     "checkpoint_steps": _check_count,
     "keep_checkpoints": _check_count,

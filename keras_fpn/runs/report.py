@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from keras_fpn.data.coco_metrics import CocoEvaluation
+from keras_fpn.runs.command import counted
 from keras_fpn.runs.pictures import detections_beside_truth
 from keras_fpn.runs.run_state import write_text
 
@@ -72,7 +73,8 @@ def write_report(
     page = PAGE.format(
         title=html.escape(title),
         summary=html.escape(
-            f"{data}{configuration['validation_split']}; {recipe['epochs']} epochs, batches of "
+            f"{data}{configuration['validation_split']}; "
+            f"{counted(recipe['epochs'], 'epoch')}, batches of "
             f"{recipe['batch_size']}, {recipe['precision']}."
         ),
         sections="\n".join(sections),

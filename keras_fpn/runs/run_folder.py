@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # Entries of config.json that record the environment, or follow from the others.
 _NOT_COMPARED = ("recipe", "versions", "data_dir", "stages", "data")
+# Those that are known when the data have been read.
+_OF_DATA = ("class_names", "category_ids")
 # Types of the entries that programs read.
 _KINDS = {
     **dict.fromkeys(("dataset", "data_dir", "train_split", "validation_split"), str),
@@ -33,28 +36,42 @@ def claim_folder(path: str | os.PathLike) -> Path:
     Raises:
         FileExistsError: if the path is a file, or a folder that is not empty.
     """
-    return _claim(Path(path), may_hold_run=False)
+    path = Path(path)
+    _check_free(path, may_hold_run=False)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
-def _claim(path: Path, may_hold_run: bool) -> Path:
+def _check_free(path: Path, may_hold_run: bool) -> None:
     # What a process leaves that is killed at its start counts as empty.
     names = {*os.listdir(path)} - {LOCK_FILE, ".partial-config.json"} if path.is_dir() else set()
     is_run = "config.json" in names
     if (names and not (is_run and may_hold_run)) or (path.exists() and not path.is_dir()):
         holds = "holds another run" if is_run else "is not empty"
         raise FileExistsError(f"--output must be a new or empty folder; {str(path)!r} {holds}.")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
-def run_lock(path: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
-    """Creates the folder of a run, or opens it; the context manager holds its lock.
+@contextlib.contextmanager
+def run_lock(path: str | os.PathLike, configuration: dict) -> Iterator[None]:
+    """Creates the folder of a run, or opens it, and holds its lock.
+
+    Args:
+        path: path of the folder.
+        configuration: what was asked for of the run, as far as it is known without reading data.
 
     Raises:
         FileExistsError: if the path is a file, or a folder of something else.
-        BlockingIOError: when it is entered, if another process holds the lock.
+        BlockingIOError: if another process holds the lock.
+        ValueError: if it is the folder of a run of another configuration.
     """
-    return folder_lock(_claim(Path(path), may_hold_run=True))
+    path = Path(path)
+    _check_free(path, may_hold_run=True)
+    with folder_lock(path):
+        if (path / "config.json").exists():
+            theirs = read_configuration(path / "config.json")
+            theirs = {name: x for name, x in theirs.items() if name not in _OF_DATA}
+            _check_same_run(path, theirs, configuration)
+        yield
 
 
 def claim_run(
@@ -79,17 +96,10 @@ def claim_run(
     if not config_file.exists():
         claim_folder(path)
         write_text(config_file, json.dumps(configuration, indent=2) + "\n")
-    theirs, ours = read_configuration(config_file), json.loads(json.dumps(configuration))
+    theirs, ours = read_configuration(config_file), configuration
     if not allow_changed_data:
         _check_same_data(path, theirs.get("data") or {}, ours.get("data") or {})
-    theirs, ours = _compared(theirs), _compared(ours)
-    for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
-            raise ValueError(
-                f"{str(path)!r} holds a run with {name} {theirs.get(name)!r}; received "
-                f"{ours.get(name)!r}. Give another --output, or resume that run with --config "
-                f"{config_file}."
-            )
+    _check_same_run(path, theirs, ours)
     (path / "checkpoints").mkdir(exist_ok=True)
     for partial in [*path.glob(".partial-*"), *(path / "checkpoints").glob(".partial-*")]:
         partial.unlink()
@@ -107,6 +117,17 @@ def _check_same_data(path: Path, theirs: dict, ours: dict) -> None:
                 f"The data of the run in {str(path)!r} have changed: its {split} split had "
                 f"{before} and has {now}. Restore them, give another --output, or go on all the "
                 "same with --allow-changed-data."
+            )
+
+
+def _check_same_run(path: Path, theirs: dict, ours: dict) -> None:
+    theirs, ours = _compared(theirs), _compared(json.loads(json.dumps(ours)))
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{str(path)!r} holds a run with {name} {theirs.get(name)!r}; received "
+                f"{ours.get(name)!r}. Give another --output, or resume that run with --config "
+                f"{path / 'config.json'}."
             )
 
 

@@ -16,6 +16,8 @@ LOCK_FILE = ".lock"
 def folder_lock(folder: str | os.PathLike) -> Iterator[None]:
     """Holds the lock of a folder, which is created if it does not exist.
 
+    A folder that it created is removed at the end if it is still empty.
+
     It is a POSIX lock on `.lock`. The kernel releases it when the process ends, however it ends; on
     NFS the server keeps it (version 4; version 3 with lockd), also for processes on other machines.
     The file names process and machine, and is removed at the end.
@@ -30,7 +32,7 @@ def folder_lock(folder: str | os.PathLike) -> Iterator[None]:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--output must be a folder; {str(folder)!r} is a file.")
-    folder.mkdir(parents=True, exist_ok=True)
+    is_new = not folder.exists()
     file = folder / LOCK_FILE
     descriptor = _lock(file)
     try:
@@ -41,12 +43,17 @@ def folder_lock(folder: str | os.PathLike) -> Iterator[None]:
     finally:
         if _is_at(descriptor, file):
             file.unlink()
+        if is_new:
+            with contextlib.suppress(OSError):  # It is not empty.
+                folder.rmdir()
         os.close(descriptor)
 
 
 def _lock(file: Path) -> int:
     """Returns the descriptor of a lock file that this process has locked."""
     while True:
+        # A process that ends may have removed it.
+        file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

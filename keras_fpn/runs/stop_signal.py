@@ -5,6 +5,8 @@ import signal
 import sys
 import threading
 
+from keras_fpn.runs.command import counted
+
 GRACE_SECONDS = 25
 
 
@@ -14,8 +16,8 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int, steps: int):
         self.signal_number = signal_number
         super().__init__(
-            f"Stopped by {signal.Signals(signal_number).name} after {steps} steps, all saved; "
-            "rerun the same command to resume."
+            f"Stopped by {signal.Signals(signal_number).name} after {counted(steps, 'step')}, all "
+            "saved; rerun the same command to resume."
         )
 
 

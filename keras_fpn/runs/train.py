@@ -6,7 +6,8 @@ The data set is the name of one that TensorFlow Datasets has prepared, or a fold
 (annotations/instances_SPLIT.json and SPLIT/). All GPUs are used, also those of other workers if
 TF_CONFIG or Slurm name several (--strategy); without a GPU, the CPU.
 
-Rerun the same command to resume a run that was stopped; it ends with the same weights.
+Rerun the same command to resume a run that was stopped; it ends with the same weights, on a CPU bit
+for bit with the same number of threads.
 
 The output folder holds the configuration (config.json, which --config takes), checkpoints
 (checkpoints/step-N.keras) and the best model (checkpoints/best.keras), TensorBoard logs (logs/),
@@ -81,8 +82,15 @@ def main(arguments: list[str] | None = None) -> None:
     train(options, recipe)
 
 
-def parse_arguments(arguments: list[str] | None) -> tuple[Any, Recipe]:
+def parse_arguments(
+    arguments: list[str] | None, program: str = "train", doc: str = __doc__
+) -> tuple[Any, Recipe]:
     """Parses the command line.
+
+    Args:
+        arguments: the command line; None is that of the process.
+        program: name of the program, whose options are these.
+        doc: description of the program.
 
     Returns:
         The `Run`, whose `jit_compile` is "auto" if it was not given, and the recipe.
@@ -118,7 +126,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Any, Recipe]:
     )
     required = {"output": tyro.MISSING, "dataset": tyro.MISSING}
     default = options(Run(**required | data), recipe, everyday(), stages())
-    parsed = parse(options, arguments, "train", __doc__, default)
+    parsed = parse(options, arguments, program, doc, default)
     given = {}
     for name in given_options(arguments, model_arguments()):
         stage, _, last = name.rpartition(".")

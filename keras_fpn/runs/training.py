@@ -24,7 +24,7 @@ from keras_fpn.data.stored_proposals import read_proposals, with_proposals
 from keras_fpn.detector import Detector
 from keras_fpn.optimization import SGDWithL2, WarmupCosineDecay, WarmupStepDecay
 from keras_fpn.runs.callbacks import RunContext, averaged_weights, run_callbacks
-from keras_fpn.runs.command import exits_on_bad_input
+from keras_fpn.runs.command import counted, exits_on_bad_input
 from keras_fpn.runs.evaluation import Evaluation, check_same_classes
 from keras_fpn.runs.options import read_arguments
 from keras_fpn.runs.recipes import BUILDERS, Recipe, check_recipe
@@ -52,16 +52,21 @@ def _train(options: Run, recipe: Recipe, lock: contextlib.ExitStack) -> None:
     with exits_on_bad_input():
         strategy = choose_strategy(options.strategy)
         recipe = checked_recipe(recipe, strategy.num_replicas_in_sync, options.jit_compile)
+        configuration = configuration_of(options, recipe)
+        lock_on_first_worker(strategy, options.output, configuration, lock)
         train_data, validation_data = open_splits(options, recipe.detector)
         steps = steps_per_epoch(recipe, images_at_start(options, train_data))
         with strategy.scope():
             model = build_model(recipe, train_data.class_names)
     # An error in here is a bug, not bad input.
     with strategy.scope():
-        model.compile(build_optimizer(recipe, steps), jit_compile=options.jit_compile)
+        model.compile(
+            build_optimizer(recipe, steps),
+            jit_compile=options.jit_compile,
+            steps_per_execution=recipe.steps_per_execution,
+        )
         model.optimizer.build(model.trainable_variables)
-    configuration = configuration_of(options, recipe, train_data, model)
-    configuration["data"] = fingerprints(train_data, validation_data)
+    configuration |= outcome_of(train_data, validation_data, model)
     edges = {"shorter_edge": recipe.evaluation_shorter_edge, "longest_edge": recipe.longest_edge}
     skipped = SkipReport()
     batches = functools.partial(
@@ -77,24 +82,24 @@ def _train(options: Run, recipe: Recipe, lock: contextlib.ExitStack) -> None:
     )
     with exits_on_bad_input():
         evaluation = Evaluation(model, validation_data, recipe.batch_size, **edges)
-        lock_on_first_worker(strategy, options.output, lock)
         state = resume(model, options.output, configuration, options.allow_changed_data)
         if not 0 <= state.steps - state.epochs * steps <= steps:
             raise ValueError(
-                f"The run in {str(options.output)!r} has taken {state.steps} steps in "
-                f"{state.epochs} epochs, which does not fit epochs of {steps} steps; are its data "
-                "those that it began with?"
+                f"The run in {str(options.output)!r} has taken {counted(state.steps, 'step')} in "
+                f"{counted(state.epochs, 'epoch')}, which does not fit epochs of "
+                f"{counted(steps, 'step')}; are its data those that it began with?"
             )
         data = on_replicas(strategy, recipe.batch_size, state.steps, batches)
     run = RunContext(options.output, model, recipe, steps, batches, skipped, evaluation, state)
     steps_before, started = state.steps, time.time()
     if run.is_writer:
         print(
-            f"{train_data.num_images} images of {options.dataset} ({options.train_split}), "
-            f"{len(train_data.class_names)} classes; {recipe.epochs} epochs of {steps} steps of "
-            f"{recipe.batch_size} images on {describe(strategy)}; {model.count_params():,} "
-            f"parameters; {f'{state.steps} steps are done; ' if state.steps else ''}"
-            f"writing to {options.output}",
+            f"{counted(train_data.num_images, 'image')} of {options.dataset} "
+            f"({options.train_split}), {counted(len(train_data.class_names), 'class', 'classes')}; "
+            f"{counted(recipe.epochs, 'epoch')} of {counted(steps, 'step')} of "
+            f"{counted(recipe.batch_size, 'image')} on {describe(strategy)}; "
+            f"{model.count_params():,} parameters; "
+            f"{counted(state.steps, 'step')} done; writing to {options.output}",
             flush=True,
         )
     if state.epochs < recipe.epochs:
@@ -119,9 +124,10 @@ def _train(options: Run, recipe: Recipe, lock: contextlib.ExitStack) -> None:
                 metric_names=evaluation.metric_names,
                 read_images=validation_data.read_images,
             )
+        seconds = time.time() - started
         print(
-            f"Trained {state.steps - steps_before} steps in {time.time() - started:.0f} s, "
-            f"including evaluation; see {page}."
+            f"Trained {counted(state.steps - steps_before, 'step')} in {seconds:.0f} s, including "
+            f"evaluation; see {page}."
         )
     if run.stop.received:
         # After the last step: the run is complete, but the next step of 4-step training must wait.
@@ -173,11 +179,6 @@ def open_splits(options: Run, detector: str) -> tuple[DetectionDataset, Detectio
     return train_data, validation_data
 
 
-def fingerprints(train_data: DetectionDataset, validation_data: DetectionDataset) -> dict:
-    """Returns the fingerprints of both splits, as config.json has them."""
-    return {"training": fingerprint(train_data), "validation": fingerprint(validation_data)}
-
-
 def images_at_start(options: Run, data: DetectionDataset) -> int:
     """Returns the number of training images that the run began with.
 
@@ -198,7 +199,7 @@ def steps_per_epoch(recipe: Recipe, num_images: int) -> int:
     """Returns the number of steps per epoch, on a split of a number of images.
 
     Raises:
-        ValueError: if an epoch has less than one batch.
+        ValueError: if an epoch has less than one batch, or less than `steps_per_execution`.
     """
     images = recipe.images_per_epoch or num_images
     if images < recipe.batch_size:
@@ -206,7 +207,13 @@ def steps_per_epoch(recipe: Recipe, num_images: int) -> int:
             f"--batch-size must be at most the {images} images per epoch; received "
             f"{recipe.batch_size}."
         )
-    return images // recipe.batch_size
+    steps = images // recipe.batch_size
+    if steps < recipe.steps_per_execution:
+        raise ValueError(
+            f"--steps-per-execution must be at most the {steps} steps per epoch; received "
+            f"{recipe.steps_per_execution}."
+        )
+    return steps - steps % recipe.steps_per_execution
 
 
 def build_model(recipe: Recipe, class_names: list[str]) -> Detector:
@@ -260,8 +267,8 @@ def build_optimizer(recipe: Recipe, steps_per_epoch: int) -> SGDWithL2:
     )
 
 
-def configuration_of(options: Run, recipe: Recipe, data: DetectionDataset, model: Detector) -> dict:
-    """Returns what goes into config.json: what was asked for, and what it resulted in."""
+def configuration_of(options: Run, recipe: Recipe) -> dict:
+    """Returns what goes into config.json of what was asked for."""
     return {
         "dataset": options.dataset,
         "data_dir": options.data_dir,
@@ -273,29 +280,44 @@ def configuration_of(options: Run, recipe: Recipe, data: DetectionDataset, model
             if (path := getattr(options, name)) is not None
         },
         "recipe": dataclasses.asdict(recipe),
-        "class_names": data.class_names,
-        "category_ids": data.category_ids,
+    }
+
+
+def outcome_of(
+    train_data: DetectionDataset, validation_data: DetectionDataset, model: Detector
+) -> dict:
+    """Returns what else goes into config.json: what the data and the model turned out to be."""
+    return {
+        "class_names": train_data.class_names,
+        "category_ids": train_data.category_ids,
         "stages": {name: getattr(model, name).get_config() for name in model.stage_names},
         "versions": {
             "keras_fpn": keras_fpn.__version__,
             "keras": keras.__version__,
             "tensorflow": tf.__version__,
         },
+        "data": {
+            "training": fingerprint(train_data),
+            "validation": fingerprint(validation_data),
+        },
     }
 
 
 def lock_on_first_worker(
-    strategy: tf.distribute.Strategy, output: Path, lock: contextlib.ExitStack
+    strategy: tf.distribute.Strategy,
+    output: Path,
+    configuration: dict,
+    lock: contextlib.ExitStack,
 ) -> None:
     """Worker 0, which writes the files, enters the lock of the output folder.
 
     Raises:
-        ValueError: on the other workers, if it cannot.
+        ValueError: if the folder is of another run; on the other workers, if worker 0 cannot.
         OSError: if the folder cannot be used, or another process holds its lock.
     """
 
     def enter() -> int:
-        lock.enter_context(run_lock(output))
+        lock.enter_context(run_lock(output, configuration))
         return 0
 
     on_first_worker(strategy, enter, _refusal(output))
@@ -391,7 +413,7 @@ def describe(strategy: tf.distribute.Strategy) -> str:
     kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
     if isinstance(strategy, tf.distribute.TPUStrategy):
         kind = "TPU"
-    return f"{replicas} {kind} replica(s)" + (f" of {workers} workers" if workers > 1 else "")
+    return counted(replicas, f"{kind} replica") + (f" of {workers} workers" if workers > 1 else "")
 
 
 @contextlib.contextmanager

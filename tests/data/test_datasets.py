@@ -19,6 +19,11 @@ def read(dataset, *arguments):
     return list(dataset.records(*arguments).as_numpy_iterator())
 
 
+def ids_with_objects(dataset, *arguments):
+    records = dataset.records_with_objects(*arguments).as_numpy_iterator()
+    return [record["image_id"] for record in records]
+
+
 def prepare_tfds(name, data_dir, examples, split="train"):
     """Has TFDS write `examples` as the data set `name`, without downloading."""
     builder = tfds.builder(name, data_dir=str(data_dir))
@@ -253,9 +258,9 @@ def test_records_with_objects_alone_keep_their_order_and_read_no_other_file(coco
     whole = [record["image_id"] for record in read(dataset, seed)]
     for i in (1, 3, 4, 6):
         pathlib.Path(folder, "train", f"{i}.png").unlink()
-    found = [record["image_id"] for record in read(dataset, seed, 2048, True)]
+    found = ids_with_objects(dataset, seed)
     assert found == [image_id for image_id in whole if image_id in (20, 50)]
-    assert [record["image_id"] for record in read(dataset, None, 2048, True)] == [20, 50]
+    assert ids_with_objects(dataset) == [20, 50]
 
 
 def test_a_folder_in_another_layout_is_rejected(coco_folder, plain, tmp_path):
@@ -357,7 +362,7 @@ def test_difficult_objects_of_voc_count_as_crowds(plain, tmp_path):
     [record] = [r for r in records if len(r["labels"])]
     assert record["is_crowd"].tolist() == [False, True]
     # The other image has no objects.
-    assert [r["image_id"] for r in read(dataset, None, 2048, True)] == [record["image_id"]]
+    assert ids_with_objects(dataset) == [record["image_id"]]
     assert np.isnan(record["area"]).all()
     annotations = dataset.coco_ground_truth()["annotations"]
     assert [a["iscrowd"] for a in annotations] == [0, 1]

@@ -136,7 +136,7 @@ class BoxMasks(DetectionDataset):
 
     boxes_only: DetectionDataset
 
-    def records(self, *arguments, **options):
+    def records(self, shuffle_seed=None, shuffle_buffer=2048):
         # In pixels of an image of 10 x 20.
         proposals = [
             [2.0, 2, 10, 6],
@@ -161,7 +161,7 @@ class BoxMasks(DetectionDataset):
                 "proposals_size": tf.constant([10, 20]),
             }
 
-        return self.boxes_only.records(*arguments, **options).map(add)
+        return self.boxes_only.records(shuffle_seed, shuffle_buffer).map(add)
 
 
 def test_masks_and_proposals_move_with_the_boxes(coco_folder, plain):

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from PIL import Image
-from small_detector import tiny_detector, two_level_detector
+from small_detector import two_level_detector
 from subclasses import DoublesBoth, TakesKerasStep
 
 from keras_fpn.data.coco_metrics import COCO_METRICS
@@ -54,7 +54,7 @@ def main() -> None:
     strategy = choose_strategy("mirrored" if options.devices > 1 else "auto")
     keras.utils.set_random_seed(0)
     with strategy.scope():
-        model = tiny_detector(**ALL_SAMPLES)
+        model = two_level_detector(**ALL_SAMPLES)
         # The first loss scale overflows with losses of this size.
         weights = dict.fromkeys(model.loss_names, 64.0 if options.optimizer == "scaled" else 1.0)
         model.compile(optimizer(options.optimizer), loss_weights=weights, jit_compile=False)
@@ -87,7 +87,7 @@ SUBCLASSES = {
 
 
 def subclass_changes(strategy: tf.distribute.Strategy, name: str) -> np.ndarray:
-    """Returns the change of all weights of a tiny detector by one step of SGD."""
+    """Returns the change of all weights of a detector by one step of SGD."""
     subclass, loss_weights = SUBCLASSES[name]
     keras.utils.set_random_seed(0)
     with strategy.scope():

@@ -88,7 +88,9 @@ def train_one_step(options, recipe):
         inputs["proposals"] = proposals.boxes[: 2 * 15].reshape(2, 15, 4)
     boxes = [[[10.0, 5, 40, 35]], [[20, 20, 50, 60]]]
     model.train_on_batch(inputs, {"boxes": np.array(boxes), "labels": np.array([[0], [1]])})
-    claim_run(options.output, training.configuration_of(options, recipe, train_data, model))
+    configuration = training.configuration_of(options, recipe)
+    configuration |= training.outcome_of(train_data, train_data, model)
+    claim_run(options.output, configuration)
     write_model(model.inference_copy(), options.output / "checkpoints" / "best.keras")
     (options.output / "report.html").touch()
 

@@ -14,6 +14,7 @@ from keras_fpn.data.datasets import load_dataset
 from keras_fpn.data.proposal_metrics import PROPOSAL_METRICS, proposal_evaluation
 from keras_fpn.data.stored_proposals import read_proposals, with_proposals, write_proposals
 from keras_fpn.image_pyramid import merge_scales
+from keras_fpn.runs import evaluation as runs_evaluation
 from keras_fpn.runs.evaluation import Evaluation
 
 BROKEN = 40
@@ -93,6 +94,13 @@ def test_proposals_are_those_of_the_model_in_pixels_of_the_resized_image(
 def test_an_image_that_cannot_be_read_has_no_proposals(proposals):
     _, found = proposals
     assert found.row_splits[-1] == found.row_splits[-2] == len(found.boxes) > 0
+
+
+def test_proposals_alone_are_not_evaluated(evaluation, monkeypatch):
+    monkeypatch.setattr(runs_evaluation, "proposal_evaluation", None)
+    monkeypatch.setattr(evaluation, "ground_truth", evaluation.ground_truth)
+    monkeypatch.setattr(evaluation, "_outputs", lambda batches: iter(()))
+    assert evaluation.proposals().image_ids.tolist() == [10, 20, 30, BROKEN]
 
 
 def test_fast_rcnn_on_stored_proposals_detects_what_faster_rcnn_does(

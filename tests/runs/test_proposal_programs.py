@@ -16,7 +16,7 @@ from keras_fpn.runs import evaluate, predict, train
 
 BROKEN = 50
 
-pytestmark = pytest.mark.usefixtures("module_runs_eagerly")
+pytestmark = pytest.mark.usefixtures("module_runs_eagerly", "two_levels")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,9 @@ def printed_metrics(printed):
 def rpn_run(folder, tmp_path_factory):
     """The folder of a run of two steps."""
     output = tmp_path_factory.mktemp("runs") / "rpn"
-    numbers = "--proposals.post-nms 60 --proposals.training-pre-nms 20 --rpn-targets.num-samples 64"
+    numbers = (
+        "--proposals.post-nms 150 --proposals.training-pre-nms 20 --rpn-targets.num-samples 64"
+    )
     train.main(train_arguments(folder, output, "--model", "rpn", *numbers.split()))
     return output
 
@@ -95,7 +97,7 @@ def test_a_run_of_an_rpn_leaves_its_average_recall(rpn_run):
     assert "AR1k" in page
     assert "class_loss" not in page
     model = keras_fpn.build_fpn_rpn(weights=rpn_run / "checkpoints" / "best.keras")
-    assert model.proposals.post_nms == 60
+    assert model.proposals.post_nms == 150
 
 
 def test_printed_recall_is_pycocotools_of_the_file(folder, stored):

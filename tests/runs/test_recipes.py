@@ -31,6 +31,7 @@ WRONG = {
     "weight_decay": (-1e-4, math.inf, math.nan),
     "clip_norm": (0, -1, math.inf, math.nan),
     "average_decay": (0, 1, 1.5, math.nan),
+    "steps_per_execution": (0, -4, 2.0, True),
     "evaluate_every": (0, 2**40),
     "checkpoint_steps": (0, -5),
     "keep_checkpoints": (0, None),

@@ -7,7 +7,7 @@ import pytest
 
 from keras_fpn.data.datasets import DetectionDataset
 from keras_fpn.runs.recipes import Recipe
-from keras_fpn.runs.run_folder import claim_run, read_configuration
+from keras_fpn.runs.run_folder import claim_run, read_configuration, run_lock
 from keras_fpn.runs.train import Run
 from keras_fpn.runs.training import images_at_start, steps_per_epoch
 
@@ -31,6 +31,12 @@ def test_data_that_changed_are_refused_unless_they_are_allowed(tmp_path, changed
     claim_run(tmp_path, configuration(**changed), True)
     # What the run began with stays.
     assert read_configuration(tmp_path / "config.json") == json.loads(json.dumps(configuration()))
+
+
+def test_the_classes_of_a_run_are_refused_when_they_are_known(tmp_path):
+    claim_run(tmp_path, configuration() | {"class_names": ["bolt"], "category_ids": [3]})
+    with run_lock(tmp_path, configuration()), pytest.raises(ValueError, match="class_names"):
+        claim_run(tmp_path, configuration() | {"class_names": ["nut"], "category_ids": [3]})
 
 
 def test_a_run_of_a_version_without_fingerprints_is_resumed(tmp_path):

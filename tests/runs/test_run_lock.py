@@ -11,6 +11,7 @@ import pytest
 from keras_fpn.runs.run_folder import claim_folder, run_lock
 from keras_fpn.runs.run_lock import LOCK_FILE, folder_lock
 
+CONFIGURATION = {"recipe": {}}
 HOLD = """
 import sys
 sys.argv[0] = "keras-fpn"
@@ -34,14 +35,14 @@ def holder(tmp_path):
 def test_a_lock_names_its_holder_until_that_is_killed(holder, tmp_path):
     with (
         pytest.raises(BlockingIOError, match=rf"process {holder.pid} on {os.uname().nodename}"),
-        run_lock(tmp_path),
+        run_lock(tmp_path, CONFIGURATION),
     ):
         pass
     holder.kill()
     holder.wait()
     # Its file is still there.
     assert f"process {holder.pid} " in (tmp_path / LOCK_FILE).read_text()
-    with run_lock(tmp_path):
+    with run_lock(tmp_path, CONFIGURATION):
         assert f"process {os.getpid()} " in (tmp_path / LOCK_FILE).read_text()
 
 
@@ -54,10 +55,13 @@ def test_a_lock_file_that_was_deleted_locks_no_more(holder, tmp_path):
         assert (tmp_path / LOCK_FILE).exists()
 
 
-def test_a_lock_leaves_the_folder_as_it_was(tmp_path):
-    with folder_lock(tmp_path / "new" / "run"), folder_lock(tmp_path / "new"):
+def test_a_lock_leaves_nothing_but_what_was_written_beside_it(tmp_path):
+    with folder_lock(tmp_path / "empty"), folder_lock(tmp_path / "full"):
+        (tmp_path / "full" / "file").touch()
+    (tmp_path / "old").mkdir()
+    with folder_lock(tmp_path / "old"):
         pass
-    assert [path.name for path in tmp_path.rglob("*")] == ["new", "run"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"full", "file", "old"}
 
 
 def test_a_lock_that_is_released_while_it_is_taken_is_not_held_on_a_removed_file(
@@ -87,8 +91,8 @@ def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch):
 
 def test_a_foreign_folder_and_a_file_are_not_touched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is not empty"):
-        run_lock(tmp_path)
+    with pytest.raises(FileExistsError, match="is not empty"), run_lock(tmp_path, CONFIGURATION):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(FileExistsError, match="is a file"), folder_lock(tmp_path / "notes.txt"):
         pass
@@ -97,5 +101,5 @@ def test_a_foreign_folder_and_a_file_are_not_touched(tmp_path):
 def test_what_a_process_killed_at_its_start_leaves_is_no_other_run(tmp_path):
     for name in (LOCK_FILE, ".partial-config.json"):
         (tmp_path / name).touch()
-    with run_lock(tmp_path):
+    with run_lock(tmp_path, CONFIGURATION):
         assert claim_folder(tmp_path) == tmp_path
