@@ -1,5 +1,6 @@
 """Anchors: one size per pyramid level, three aspect ratios at every location (FPN, section 4.1)."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import keras
@@ -7,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_fpn.stage import Float32Stage
+from keras_fpn.validation import check_positive, check_sequence
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
@@ -29,9 +31,9 @@ class AnchorGenerator(Float32Stage):
             divided by the size of the feature map.
 
     Raises:
-        ValueError: if a size or a ratio is not above 0, if levels differ in their number of
-            anchors per location, which one RPN head serves, or if there are not as many ratios or
-            strides as levels.
+        ValueError: if a size or a ratio is not a finite number above 0, if levels differ in their
+            number of anchors per location, which one RPN head serves, or if there are not as many
+            ratios or strides as levels.
     """
 
     def __init__(
@@ -43,15 +45,18 @@ class AnchorGenerator(Float32Stage):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.sizes = tuple(_as_tuple(size) for size in sizes)
+        self.sizes = tuple(map(_as_tuple, check_sequence("sizes", sizes)))
+        aspect_ratios = check_sequence("aspect_ratios", aspect_ratios)
         nested = any(isinstance(ratio, (list, tuple)) for ratio in aspect_ratios)
         self.aspect_ratios = tuple(map(_as_tuple, aspect_ratios) if nested else aspect_ratios)
         self._ratios = self.aspect_ratios if nested else (self.aspect_ratios,) * len(self.sizes)
         self.rounded = rounded
-        self.strides = None if strides is None else tuple(strides)
+        self.strides = None if strides is None else check_sequence("strides", strides)
         for argument, values in (("sizes", self.sizes), ("aspect_ratios", self._ratios)):
-            if not values or any(not row or min(row) <= 0 for row in values):
-                raise ValueError(f"`{argument}` must be above 0; received {values}.")
+            if not values or not all(values):
+                raise ValueError(f"`{argument}` must not be empty; received {values}.")
+            for number in itertools.chain(*values):
+                check_positive(argument, number)
         for argument, entries in (("aspect_ratios", self._ratios), ("strides", self.strides)):
             if entries is not None and len(entries) != len(self.sizes):
                 raise ValueError(

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_fpn.typing import Tensor
+from keras_fpn.validation import check_positive, check_sequence
 
 BOX_FORMATS = tuple(
     prefix + layout
@@ -42,9 +43,11 @@ def check_delta_weights(delta_weights: Sequence[float]) -> tuple[float, ...]:
     Raises:
         ValueError: if they are not four numbers above 0.
     """
-    weights = tuple(delta_weights)
-    if len(weights) != 4 or not all(0 < weight < math.inf for weight in weights):
+    weights = check_sequence("delta_weights", delta_weights, of="four numbers")
+    if len(weights) != 4:
         raise ValueError(f"`delta_weights` must be four numbers > 0; received {weights}.")
+    for weight in weights:
+        check_positive("delta_weights", weight)
     return weights
 
 

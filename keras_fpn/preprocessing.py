@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_fpn.stage import Float32Stage
 from keras_fpn.typing import Tensor
-from keras_fpn.validation import check_choice, check_int
+from keras_fpn.validation import check_choice, check_int, check_positive, check_sequence
 
 
 @keras.saving.register_keras_serializable("keras_fpn")
@@ -41,12 +41,14 @@ class ImageNormalizer(Float32Stage):
     ):
         # Pixels are normalized in float32; the backbone casts them to its own compute dtype.
         super().__init__(**kwargs)
-        self.mean, self.std = tuple(mean), tuple(std)
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        self.mean = check_sequence("mean", mean, of="three numbers")
+        self.std = check_sequence("std", std, of="three numbers")
+        if len(self.mean) != 3 or len(self.std) != 3:
             raise ValueError(
-                "`mean` and `std` must be three numbers, those of `std` > 0; received "
-                f"{self.mean} and {self.std}."
+                f"`mean` and `std` must be three numbers; received {self.mean} and {self.std}."
             )
+        for deviation in self.std:
+            check_positive("std", deviation)
         self.size_divisor = check_int("size_divisor", size_divisor)
         self.channel_order = check_choice("channel_order", channel_order, ("rgb", "bgr"))
 

@@ -3,7 +3,7 @@
 import difflib
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -57,6 +57,17 @@ def check_positive(argument: str, value) -> float:
     if not _number(value) > 0:
         raise ValueError(f"`{argument}` must be a finite number > 0; received {value!r}.")
     return float(value)
+
+
+def check_sequence(argument: str, value, of: str = "numbers") -> tuple:
+    """Returns a list, tuple or array as a tuple.
+
+    Raises:
+        ValueError: if `value` is a single number, a string or anything else.
+    """
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise ValueError(f"`{argument}` must be a sequence of {of}; received {value!r}.")
+    return tuple(value)
 
 
 def _number(value) -> float:

@@ -298,6 +298,9 @@ def test_every_argument_of_a_stage_is_checked(stage, argument):
     value = WRONG.get(argument, -1)
     with pytest.raises(ValueError, match=rf"`{argument}`.* must .*received"):
         STAGES[stage](**REQUIRED.get(stage, {}) | {argument: value})
+    if argument in WRONG:
+        with pytest.raises(ValueError, match=rf"`{argument}` must be a sequence .*received 2"):
+            STAGES[stage](**REQUIRED.get(stage, {}) | {argument: 2})
 
 
 @pytest.mark.parametrize(
