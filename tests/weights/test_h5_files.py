@@ -23,7 +23,7 @@ def peak_below(megabytes: int):
         return int(re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
     Path("/proc/self/clear_refs").write_text("5")  # Forgets the peak so far.
-    before = kilobytes("VmRSS")
+    before = kilobytes("VmHWM")
     yield
     assert (kilobytes("VmHWM") - before) / 1024 < megabytes
 
