@@ -447,7 +447,7 @@ def images(folder: Path) -> Try:
         try:
             with warnings.catch_warnings(action="ignore"):
                 pillow = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-        except Exception:
+        except Exception:  # Pillow has no type of its own for what it does not read.
             return "of what Pillow does not read"
         if pillow.shape == pixels.shape and (pillow == pixels).all():
             return "as by Pillow"

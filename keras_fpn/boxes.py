@@ -43,9 +43,7 @@ def check_delta_weights(delta_weights: Sequence[float]) -> tuple[float, ...]:
     Raises:
         ValueError: if they are not four numbers above 0.
     """
-    weights = check_sequence("delta_weights", delta_weights, of="four numbers")
-    if len(weights) != 4:
-        raise ValueError(f"`delta_weights` must be four numbers > 0; received {weights}.")
+    weights = check_sequence("delta_weights", delta_weights, length=4)
     for weight in weights:
         check_positive("delta_weights", weight)
     return weights

@@ -41,12 +41,8 @@ class ImageNormalizer(Float32Stage):
     ):
         # Pixels are normalized in float32; the backbone casts them to its own compute dtype.
         super().__init__(**kwargs)
-        self.mean = check_sequence("mean", mean, of="three numbers")
-        self.std = check_sequence("std", std, of="three numbers")
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise ValueError(
-                f"`mean` and `std` must be three numbers; received {self.mean} and {self.std}."
-            )
+        self.mean = check_sequence("mean", mean, length=3)
+        self.std = check_sequence("std", std, length=3)
         for deviation in self.std:
             check_positive("std", deviation)
         self.size_divisor = check_int("size_divisor", size_divisor)

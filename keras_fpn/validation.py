@@ -59,15 +59,19 @@ def check_positive(argument: str, value) -> float:
     return float(value)
 
 
-def check_sequence(argument: str, value, of: str = "numbers") -> tuple:
-    """Returns a list, tuple or array as a tuple.
+def check_sequence(argument: str, value, length: int | None = None) -> tuple:
+    """Returns a list, tuple or array of numbers as a tuple.
 
     Raises:
-        ValueError: if `value` is a single number, a string or anything else.
+        ValueError: if `value` is a single number, a string or anything else, or if it has not
+            `length` entries.
     """
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise ValueError(f"`{argument}` must be a sequence of {of}; received {value!r}.")
-    return tuple(value)
+    is_sequence = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+    entries = tuple(value) if is_sequence else ()
+    if not is_sequence or length not in (None, len(entries)):
+        count = "" if length is None else f"{length} "
+        raise ValueError(f"`{argument}` must be a sequence of {count}numbers; received {value!r}.")
+    return entries
 
 
 def _number(value) -> float:

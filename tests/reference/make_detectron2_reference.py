@@ -108,19 +108,22 @@ CASES = {
         "stem_scale": 1 / 64,
     },
 }
+# No two anchors tie as the best of a box: they are not whole, so rounding would decide.
+GROUND_TRUTH = {
+    "ground_truth": [
+        [16.25, 4.25, 75.5, 57.25],
+        [13, 24, 49.75, 55.25],
+        [52.75, 9.5, 82.75, 61.25],
+    ],
+    "labels": [2, 19, 0],
+}
 # The gradients of stem and C2 are none: its configuration fixes them.
 TRAINING = {
     "detectron2_train": {
         "file": "faster_rcnn_R_50_FPN_1x",
         "backbone": "resnet18",
         "images": [("detectron2 train 2", 64, 90)],
-        # No two anchors tie as the best of one: they are not whole, so rounding would decide.
-        "ground_truth": [
-            [16.25, 4.25, 75.5, 57.25],
-            [13, 24, 49.75, 55.25],
-            [52.75, 9.5, 82.75, 61.25],
-        ],
-        "labels": [2, 19, 0],
+        **GROUND_TRUTH,
         "options": [
             *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
             *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 150, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 60),
@@ -135,12 +138,7 @@ TRAINING = {
         "file": "faster_rcnn_R_50_C4_1x",
         "backbone": "resnet50",
         "images": [("detectron2 c4 train 3", 64, 90)],
-        "ground_truth": [
-            [16.25, 4.25, 75.5, 57.25],
-            [13, 24, 49.75, 55.25],
-            [52.75, 9.5, 82.75, 61.25],
-        ],
-        "labels": [2, 19, 0],
+        **GROUND_TRUTH,
         "options": [
             *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 150, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20),
             *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 307, "MODEL.RPN.POSITIVE_FRACTION", 0.5),

@@ -1,15 +1,9 @@
 """Fixtures of the tests of training runs."""
 
-import inspect
-import types
-
 import pytest
 import tensorflow as tf
 from small_detector import tiny_backbone
-
-import keras_fpn
-from keras_fpn.runs import training
-from keras_fpn.runs.recipes import BUILDERS
+from small_runs import small_models
 
 
 @pytest.fixture(scope="module")
@@ -22,25 +16,8 @@ def module_runs_eagerly():
 
 @pytest.fixture(scope="module")
 def two_levels():
-    """Models on C3 and C4 of three convolutions, whatever backbone is asked for.
-
-    Tracing is what takes the time of a run of a few steps.
-    """
-    builders = {name: on_two_levels(getattr(keras_fpn, name)) for name in BUILDERS.values()}
-    package = types.SimpleNamespace(__version__=keras_fpn.__version__, **builders)
-    with pytest.MonkeyPatch.context() as patch:
-        # Not in the package itself: other tests' models are built at any time.
-        patch.setattr(training, "keras_fpn", package)
+    """Models on C3 and C4 of three convolutions: tracing is what takes the time of a short run."""
+    with small_models(
+        backbone=lambda: tiny_backbone(("C3", "C4")), anchor_sizes=lambda: (32, 48, 64)
+    ):
         yield
-
-
-def on_two_levels(build):
-    def build_small(**arguments):
-        if "weights" not in arguments:
-            arguments.pop("resnet", None)
-            arguments["backbone"] = tiny_backbone(("C3", "C4"))
-            if "anchor_sizes" in inspect.signature(build).parameters:
-                arguments.setdefault("anchor_sizes", (32, 48, 64))
-        return build(**arguments)
-
-    return build_small

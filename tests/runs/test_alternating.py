@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from data_sets import encode, write_coco_folder
+from small_runs import small_models
 
 import keras_fpn
 from keras_fpn.data.stored_proposals import read_proposals
 from keras_fpn.runs import alternating, evaluation, training
-from keras_fpn.runs.recipes import BUILDERS, RECIPES, Recipe
+from keras_fpn.runs.recipes import RECIPES, Recipe
 from keras_fpn.runs.run_folder import claim_run, load_detector, recipe_in
 from keras_fpn.runs.run_state import write_model
 from keras_fpn.runs.training import build_model
@@ -23,21 +24,10 @@ STEPS = ("1-rpn", "2-fast_rcnn", "3-rpn", "4-fast_rcnn")
 @pytest.fixture(scope="module", autouse=True)
 def small_networks():
     """Backbones of four convolutions with batch norms, in steps without tracing."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in BUILDERS.values():
-            patch.setattr(keras_fpn, name, with_small_backbone(getattr(keras_fpn, name)))
+    with small_models(backbone=small_backbone):
         tf.config.run_functions_eagerly(True)
         yield
         tf.config.run_functions_eagerly(False)
-
-
-def with_small_backbone(build):
-    def build_small(**arguments):
-        if "weights" not in arguments:
-            arguments["backbone"] = small_backbone()
-        return build(**arguments)
-
-    return build_small
 
 
 def small_backbone():
